@@ -1,0 +1,1 @@
+"""LoRA for any JAX model, as pure functions over its parameter pytree."""

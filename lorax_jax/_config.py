@@ -1,0 +1,258 @@
+"""What to adapt, and how: `LoraConfig`."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import jax.numpy as jnp
+
+from ._errors import ConfigError, closest
+
+Tie = Literal["shared", "lookup", "head"]
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """One pattern and what it says differently from the configuration.
+
+    Attributes:
+        pattern: a regex that must match a whole path (`re.fullmatch`), or
+            `"all-linear"`.
+        rank: rank of the sites it matches; `None` takes the configuration's.
+        alpha: PEFT's `lora_alpha`; `None` takes the configuration's.
+        init: initializer; `None` takes the configuration's.
+        dropout: probability of dropping an input of A; `None` as above.
+        tie: for a weight that is looked up and multiplied: which use is adapted.
+        expect: how many sites the pattern must match; `None` accepts any number.
+    """
+
+    pattern: str
+    rank: int | None = None
+    alpha: float | None = None
+    init: str | bool | None = None
+    dropout: float | None = None
+    tie: Tie | None = None
+    expect: int | None = None
+
+    def __post_init__(self):
+        _check_regex("targets", self.pattern)
+        if self.rank is not None:
+            _check_rank(self.rank, f"targets[{self.pattern!r}]['rank']")
+        if self.dropout is not None:
+            _check_dropout(self.dropout, f"targets[{self.pattern!r}]['dropout']")
+        if self.alpha is not None:
+            _check_alpha(self.alpha, f"targets[{self.pattern!r}]['alpha']")
+        _check_tie(self.tie, f"targets[{self.pattern!r}]['tie']")
+
+    def matches(self, path: str) -> bool:
+        """Whether the pattern matches all of `path`."""
+        return re.fullmatch(self.pattern, path) is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    r"""Which weights are adapted, at which rank and scale, starting how.
+
+    A weight $W$ matched by a target becomes $W + s\,A B$ with $A$ of `rank` columns and
+    $s = \alpha / r$, or $\alpha / \sqrt r$ with `rslora`.
+
+    The configuration is data: hashable, comparable, and knows nothing of any model. A
+    path is matched whole (`re.fullmatch`), the first matching rule wins, and layers of
+    a stack can be matched by their virtual paths (`layers/3/attn/q_proj/kernel`) as
+    well as by the path of the stacked leaf (`layers/attn/q_proj/kernel`).
+
+    Args:
+        targets: a regex, several, a dict from regex to overrides (`rank`, `alpha`,
+            `init`, `dropout`, `tie`, `expect`), `"all-linear"` (every weight that a
+            matrix product consumes, except the output head), or `None` for the query
+            and value projections of an architecture whose parameter names are known.
+        rank: columns of A, rows of B.
+        alpha: numerator of the scale; `None` takes each rule's own rank, so `s` is 1
+            (or `sqrt(rank)` with `rslora`).
+        exclude: regexes of paths that no target takes.
+        rslora: divide `alpha` by the square root of the rank.
+        dropout: probability of dropping an input of A. Acts only when `bind` is given
+            a `key`.
+        init: `True` or `"kaiming"` (A uniform, B zero), `"gaussian"` (A normal, B
+            zero), or `False` (both random: the adapted function differs from the base
+            at once). Embeddings have A zero and B normal.
+        layers: indices of the layers to adapt; `None` adapts all.
+        tie: for a tied embedding: `"shared"` adapts the table, seen by the lookup and
+            the head, `"lookup"` and `"head"` adapt one of its uses.
+        dtype: storage dtype of A and B.
+
+    Raises:
+        ConfigError: on a bad regex, rank, dropout or override.
+
+    Example:
+        >>> config = LoraConfig(targets=r".*/(q|v)_proj/kernel", rank=16, alpha=32)
+        >>> config.scale(16, 32)
+        2.0
+        >>> LoraConfig(targets={r".*/mlp/.*": {"rank": 4}, "all-linear": {}}).rules[0]
+        ... # doctest: +ELLIPSIS
+        Rule(pattern='.*/mlp/.*', rank=4, ...)
+
+    References:
+        Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021.
+        https://arxiv.org/abs/2106.09685
+        Kalajdzievski, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA",
+        2023. https://arxiv.org/abs/2312.03732
+    """
+
+    targets: Any = None
+    rank: int = 8
+    alpha: float | None = None
+    _: dataclasses.KW_ONLY
+    exclude: Any = ()
+    rslora: bool = False
+    dropout: float = 0.0
+    init: str | bool = True
+    layers: Any = None
+    tie: Tie | None = None
+    dtype: Any = jnp.float32
+
+    def __post_init__(self):
+        _check_rank(self.rank, "rank")
+        _check_dropout(self.dropout, "dropout")
+        _check_tie(self.tie, "tie")
+        if self.alpha is not None:
+            _check_alpha(self.alpha, "alpha")
+        dtype = jnp.dtype(self.dtype)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise ConfigError(
+                f"`dtype` = {dtype} cannot hold trainable factors. Give a floating "
+                "dtype, e.g. `dtype=jnp.float32`."
+            )
+        # Normalized to hashable values; `object.__setattr__` is how a frozen dataclass
+        # sets its own fields.
+        object.__setattr__(self, "dtype", dtype)
+        object.__setattr__(self, "targets", _rules(self.targets))
+        object.__setattr__(self, "exclude", _patterns(self.exclude))
+        object.__setattr__(self, "layers", _indices(self.layers))
+
+    @property
+    def rules(self) -> tuple[Rule, ...] | None:
+        """The targets, normalized to rules; `None` where none were given."""
+        return self.targets
+
+    def scale(self, rank: int, alpha: float) -> float:
+        """The multiplier `s` of a site with this `rank` and `alpha`.
+
+        >>> LoraConfig(rslora=True).scale(16, 32)
+        8.0
+        """
+        return alpha / (math.sqrt(rank) if self.rslora else rank)
+
+    def resolve(self, rule: Rule) -> Rule:
+        """`rule` with the configuration's values where it says nothing."""
+        rank = self.rank if rule.rank is None else rule.rank
+        alpha = self.alpha if rule.alpha is None else rule.alpha
+        return dataclasses.replace(
+            rule,
+            rank=rank,
+            alpha=rank if alpha is None else alpha,
+            init=self.init if rule.init is None else rule.init,
+            dropout=self.dropout if rule.dropout is None else rule.dropout,
+            tie=self.tie if rule.tie is None else rule.tie,
+        )
+
+
+_OVERRIDES = tuple(f.name for f in dataclasses.fields(Rule) if f.name != "pattern")
+
+
+def _rules(targets: Any) -> tuple[Rule, ...] | None:
+    if targets is None:
+        return None
+    if isinstance(targets, str | Rule):
+        targets = [targets]
+    if isinstance(targets, Mapping):
+        rules = tuple(_rule(p, overrides) for p, overrides in targets.items())
+    elif isinstance(targets, Iterable):
+        rules = tuple(t if isinstance(t, Rule) else _rule(t, {}) for t in targets)
+    else:
+        raise ConfigError(
+            f"`targets` = {targets!r} is neither a regex, a list of regexes, a dict "
+            f"from regex to overrides, nor {ALL_LINEAR!r}."
+        )
+    if not rules:
+        raise ConfigError(
+            "`targets` is empty, so nothing would be adapted. Give at least one regex, "
+            "e.g. `targets=r'.*/(q|v)_proj/kernel'`."
+        )
+    return rules
+
+
+def _rule(pattern: Any, overrides: Any) -> Rule:
+    if not isinstance(pattern, str):
+        raise ConfigError(f"`targets` holds {pattern!r}, which is not a regex string.")
+    if not isinstance(overrides, Mapping):
+        raise ConfigError(
+            f"`targets[{pattern!r}]` = {overrides!r} is not a dict of overrides. "
+            f"Write e.g. `targets={{{pattern!r}: {{'rank': 4}}}}`."
+        )
+    for name in overrides:
+        if name not in _OVERRIDES:
+            raise ConfigError(
+                f"`targets[{pattern!r}]` overrides {name!r}, which no rule knows. "
+                f"Closest: {closest(str(name), _OVERRIDES, 1)[0]!r}; all: "
+                f"{', '.join(_OVERRIDES)}."
+            )
+    return Rule(pattern, **overrides)
+
+
+def _patterns(patterns: Any) -> tuple[str, ...]:
+    if patterns is None:
+        return ()
+    patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    for pattern in patterns:
+        _check_regex("exclude", pattern)
+    return patterns
+
+
+def _indices(layers: Any) -> tuple[int, ...] | None:
+    if layers is None:
+        return None
+    layers = (layers,) if isinstance(layers, int) else tuple(layers)
+    for index in layers:
+        if isinstance(index, bool) or not isinstance(index, int) or index < 0:
+            raise ConfigError(
+                f"`layers` holds {index!r}; layer indices are integers from 0 up."
+            )
+    return layers
+
+
+def _check_regex(name: str, pattern: Any) -> None:
+    try:
+        re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise ConfigError(
+            f"`{name}` holds {pattern!r}, which is not a regex: {error}. A path is "
+            r"matched whole, so `.*/q_proj/kernel` finds it at any depth."
+        ) from None
+
+
+def _check_rank(rank: Any, name: str) -> None:
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise ConfigError(f"`{name}` = {rank!r}; a rank is an integer from 1 up.")
+
+
+def _check_alpha(alpha: Any, name: str) -> None:
+    number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+    if not (number and math.isfinite(alpha)):
+        raise ConfigError(f"`{name}` = {alpha!r}; alpha is a finite number.")
+
+
+def _check_dropout(dropout: Any, name: str) -> None:
+    if not isinstance(dropout, int | float) or not 0.0 <= dropout < 1.0:
+        raise ConfigError(f"`{name}` = {dropout!r}; a probability in [0, 1) is meant.")
+
+
+def _check_tie(tie: Any, name: str) -> None:
+    if tie not in (None, "shared", "lookup", "head"):
+        raise ConfigError(
+            f"`{name}` = {tie!r}; one of 'shared', 'lookup', 'head' is meant."
+        )

@@ -1,0 +1,166 @@
+"""`Adapted`: a weight that is a base and an ordered list of terms."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ..quant import Base
+from ..structure import AxisOp, Cast, Dot, Factor, Take, Unstructured, is_factor
+from ._base import Term, Use
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """The path of a weight, for messages alone.
+
+    It travels in the static part of a pytree, but two labels are always equal: layers
+    that differ in nothing else then share one trace.
+    """
+
+    path: str = dataclasses.field(default="", compare=False)
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class Adapted:
+    """A base weight with the terms that adapters add to it.
+
+    It stands where the dense weight stood in the parameter tree, and inside an adapted
+    function it goes through transposes, reshapes, slices and control flow unbuilt,
+    until a product consumes it.
+
+    Args:
+        base: the frozen weight: a dense array or a `Base`.
+        terms: what acts on it, first to last.
+        origin: the weight's path.
+    """
+
+    __slots__ = ("base", "origin", "terms")
+
+    def __init__(
+        self, base: jax.Array | Base, terms: tuple[Term, ...], origin: Origin = Origin()
+    ):
+        self.base = base
+        self.terms = terms
+        self.origin = origin
+
+    def tree_flatten_with_keys(self):
+        keys = jax.tree_util.GetAttrKey("base"), jax.tree_util.GetAttrKey("terms")
+        return tuple(zip(keys, (self.base, self.terms), strict=True)), self.origin
+
+    def tree_flatten(self):
+        return (self.base, self.terms), self.origin
+
+    @classmethod
+    def tree_unflatten(cls, origin, children):
+        return cls(*children, origin)
+
+    def __repr__(self):
+        names = ", ".join(type(term).__name__ for term in self.terms)
+        return f"Adapted({self.origin.path!r}, base={self.base!r}, terms=[{names}])"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the dense weight."""
+        return self.base.shape
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes of the dense weight."""
+        return len(self.base.shape)
+
+    @property
+    def dtype(self) -> Any:
+        """Dtype of the dense weight."""
+        return self.base.dtype
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the base is a `Base`, which answers for itself."""
+        return isinstance(self.base, Base)
+
+    def acting(self, use: Use) -> tuple[Term, ...]:
+        """The terms that take part in this use of the weight."""
+        return tuple(term for term in self.terms if term.acts_in(use))
+
+    def looks_up(self, axis: int) -> bool:
+        """Whether a gather along `axis` consumes the weight rather than a part of it.
+
+        A weight without terms (a `Base` that nothing adapts) is always consumed.
+        """
+        return not self.terms or any(term.looks_up(axis) for term in self.terms)
+
+    def apply(self, base: jax.Array | Base, *ops: AxisOp) -> "Adapted":
+        """The weight after structure-only operations.
+
+        Args:
+            base: what the operations made of a dense base; ignored for a `Base`, which
+                applies them itself.
+            ops: the operations, in order, for the terms.
+        """
+        terms = self.terms
+        for op in ops:
+            terms = tuple(term.apply(op) for term in terms)
+            if isinstance(self.base, Base):
+                base = self._apply_base(base, op)
+        return Adapted(base, terms, self.origin)
+
+    @staticmethod
+    def _apply_base(base: Base, op: AxisOp) -> Base:
+        return base.cast(op.dtype) if isinstance(op, Cast) else base.apply(op)
+
+    def dot(self, y: jax.Array | None, x: jax.Array, dims: Dot) -> jax.Array:
+        """`x . W` for the adapted weight; `y` is the dense base's product."""
+        if isinstance(self.base, Base):
+            y = self.base.dot(x, dims)
+        for term in self.acting("head"):
+            y = term.dot(y, x, dims)
+        return y
+
+    def take(self, y: jax.Array | None, rows: Take) -> jax.Array:
+        """Rows of the adapted weight; `y` holds the dense base's rows."""
+        if isinstance(self.base, Base):
+            y = self.base.take(rows)
+        for term in self.acting("lookup"):
+            y = term.take(y, rows)
+        return y
+
+    def dense(self) -> jax.Array:
+        """The adapted weight as one array of its dtype, rounded once."""
+        base = self.base.dense() if isinstance(self.base, Base) else self.base
+        if not self.terms:
+            return base
+        if any(term.use for term in self.terms):
+            raise Unstructured(
+                "the adapter acts in one use of a tied weight only, so no single "
+                "matrix does what it does"
+            )
+        weight = base.astype(jnp.promote_types(base.dtype, jnp.float32))
+        for term in self.terms:
+            weight = term.dense(weight)
+        return weight.astype(base.dtype)
+
+    def parts(self) -> list[Factor]:
+        """Every array of base and terms as a `Factor`, in pytree order.
+
+        A dense base counts as one that holds all axes.
+        """
+        if isinstance(self.base, Base):
+            return jax.tree.leaves(self, is_leaf=is_factor)
+        whole = Factor(self.base, tuple(range(self.ndim)))
+        return [whole, *jax.tree.leaves(self.terms, is_leaf=is_factor)]
+
+    def rebuild(self, parts: list[Factor]) -> "Adapted":
+        """The weight with `parts` in place of its own."""
+        if isinstance(self.base, Base):
+            structure = jax.tree.structure(self, is_leaf=is_factor)
+            return jax.tree.unflatten(structure, parts)
+        structure = jax.tree.structure(self.terms, is_leaf=is_factor)
+        terms = jax.tree.unflatten(structure, parts[1:])
+        return Adapted(parts[0].array, terms, self.origin)
+
+
+def is_weight(node: Any) -> bool:
+    """Whether `node` is a weight that the transform evaluates symbolically."""
+    return isinstance(node, Adapted | Base)

@@ -1,0 +1,83 @@
+"""`Term`: what every kind of adapter answers when a rule asks for its contribution."""
+
+import abc
+from typing import Literal, Self
+
+import jax
+
+from ..structure import Along, AxisOp, Dot, Factor, Scale, Take, Unstructured, is_factor
+
+Use = Literal["lookup", "head"]
+
+
+class Term(abc.ABC):
+    """One adapter's part of one adapted weight: a pytree of `Factor`s.
+
+    With $W$ the base weight and $t$ the term, the adapted weight is $t(W)$; for LoRA,
+    $W + s A B$. No method but `dense` may build an array of the weight's shape.
+
+    To add a kind of adapter:
+
+    1. Subclass `Term` as a frozen dataclass registered as a pytree, its arrays
+       `Factor`s (so that transposing, slicing or scanning the weight reaches them).
+    2. Implement `dot`, `take` and `dense`; override `rescale` if the kind commutes with
+       multiplying the weight by a vector; override `apply` for whatever else the
+       default would get wrong.
+    3. List it in `tests/exam/kinds.py`: the exam does the rest.
+    """
+
+    use: Use | None = None
+
+    @abc.abstractmethod
+    def dot(self, y: jax.Array, x: jax.Array, dims: Dot) -> jax.Array:
+        """`y`, the product so far, with this term's part of `x . t(W)`.
+
+        Args:
+            y: `x . W` plus the terms before this one, axes `dims.out_labels`.
+            x: the other operand, axes `dims.x_labels`.
+            dims: which axes are contracted and which run in parallel.
+
+        Returns:
+            An array of `y`'s shape and dtype.
+        """
+
+    @abc.abstractmethod
+    def take(self, y: jax.Array, rows: Take) -> jax.Array:
+        """`y`, the looked-up rows so far, with this term's part of the lookup."""
+
+    @abc.abstractmethod
+    def dense(self, weight: jax.Array) -> jax.Array:
+        """`t(weight)` as a dense array, for merging and on request only."""
+
+    @abc.abstractmethod
+    def looks_up(self, axis: int) -> bool:
+        """Whether a gather along the weight's `axis` is the lookup it adapts.
+
+        Otherwise such a gather only selects a part of the weight, as when a model
+        picks one layer of a stack.
+        """
+
+    def acts_in(self, use: Use) -> bool:
+        """Whether the term takes part in this use of the weight (see `tie`)."""
+        return self.use is None or self.use == use
+
+    def rescale(self, op: Scale) -> Self:
+        """The term of a weight multiplied by a scalar or vector."""
+        raise Unstructured(f"{type(self).__name__} does not commute with a product")
+
+    def apply(self, op: AxisOp) -> Self:
+        """The term of the weight that `op` makes of this term's weight.
+
+        Raises:
+            Unstructured: where the result has no such form.
+        """
+        if isinstance(op, Scale):
+            return self.rescale(op)
+        if isinstance(op, Along) and op.fills:
+            if not any(factor.holds(op.axis) for factor in self.factors()):
+                raise Unstructured("a padded axis is one that no factor runs along")
+        return jax.tree.map(lambda f: f.apply(op), self, is_leaf=is_factor)
+
+    def factors(self) -> list[Factor]:
+        """All factors of the term, in order."""
+        return jax.tree.leaves(self, is_leaf=is_factor)

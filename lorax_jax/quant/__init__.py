@@ -1,0 +1,3 @@
+"""Frozen bases in other forms than dense arrays."""
+
+from ._base import Base as Base

@@ -1,0 +1,324 @@
+"""`adapt`: runs a function on adapted weights, building none of them."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from .._errors import TransformError
+from ..adapters import Adapted, is_weight
+from ..structure import Unstructured
+from . import _jaxpr
+from ._registry import RULES, Site
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the user allows; see `adapt`."""
+
+    materialize: frozenset[str] | bool = False
+    custom: str = "error"
+
+    def may_materialize(self, primitive: str) -> bool:
+        """Whether a dense weight may be built at this primitive."""
+        if isinstance(self.materialize, bool):
+            return self.materialize
+        return primitive in self.materialize
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One evaluation of a jaxpr: what rules need beside the equation.
+
+    Attributes:
+        options: what the user allows.
+        producer: finds the equation that made a variable of this jaxpr, or `None`.
+    """
+
+    options: Options
+    producer: Callable[[Any], Any]
+
+    def retrace(self, jaxpr: Any, operands: Sequence[Any]) -> tuple[Any, list[Any]]:
+        """Traces an inner jaxpr again, with weights among its operands.
+
+        Args:
+            jaxpr: the inner jaxpr, closed or open.
+            operands: a value or type for each of its inputs; weights among them.
+
+        Returns:
+            The new closed jaxpr, whose inputs are the leaves of `operands`, and the
+            results as types, weights among them.
+        """
+        return _body(jaxpr, self.options)(*operands)
+
+
+@functools.lru_cache(maxsize=4096)
+def _body(jaxpr: Any, options: Options):
+    # One traced function for each inner jaxpr: JAX's own cache then finds the trace
+    # again by the types of the operands.
+    inner, consts = _jaxpr.closed(jaxpr)
+    return _jaxpr.trace(lambda *xs: interpret(inner, consts, xs, options))
+
+
+def interpret(
+    jaxpr: Any, consts: Sequence[Any], operands: Sequence[Any], options: Options
+) -> list[Any]:
+    """Evaluates `jaxpr` on operands among which are adapted weights.
+
+    Equations that no weight enters are evaluated as they stand. Where one does, the
+    rule for the primitive decides.
+    """
+    env: dict[Any, Any] = {}
+    makers = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
+    run = Run(options, lambda atom: None if _literal(atom) else makers.get(atom))
+
+    def read(atom):
+        return atom.val if _literal(atom) else env[atom]
+
+    env.update(zip(jaxpr.constvars, consts, strict=True))
+    env.update(zip(jaxpr.invars, operands, strict=True))
+    last = _last_uses(jaxpr)
+    for index, eqn in enumerate(jaxpr.eqns):
+        values = [read(atom) for atom in eqn.invars]
+        with _jaxpr.eqn_scope(eqn):
+            if any(isinstance(value, Adapted) for value in values):
+                results = _with_weight(run, eqn, values)
+            else:
+                results = _jaxpr.bind(eqn, values)
+        env.update(zip(eqn.outvars, results, strict=True))
+        for dead in last.get(index, ()):
+            env.pop(dead, None)
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+_literal = _jaxpr.is_literal
+
+
+@functools.lru_cache(maxsize=4096)
+def _last_uses(jaxpr: Any) -> dict[int, list[Any]]:
+    """For each equation, the variables that nothing reads after it."""
+    seen = {atom for atom in jaxpr.outvars if not _literal(atom)}
+    last: dict[int, list[Any]] = {}
+    for index in reversed(range(len(jaxpr.eqns))):
+        eqn = jaxpr.eqns[index]
+        for atom in (*eqn.invars, *eqn.outvars):
+            if not _literal(atom) and atom not in seen:
+                seen.add(atom)
+                last.setdefault(index, []).append(atom)
+    return last
+
+
+def _with_weight(run: Run, eqn: Any, values: list[Any]) -> list[Any]:
+    name = eqn.primitive.name
+    rule = RULES.get(name)
+    reason = f"no rule covers `{name}`"
+    try:
+        if rule is not None and rule.apply is not None:
+            return rule.apply(run, eqn, values)
+        if rule is not None:
+            return _structural(run, rule, eqn, values)
+    except Unstructured as error:
+        reason = str(error)
+    if run.options.may_materialize(name):
+        return _jaxpr.bind(eqn, [dense(value) for value in values])
+    raise TransformError(_refusal(eqn, values, reason))
+
+
+def _structural(run: Run, rule: Any, eqn: Any, values: list[Any]) -> list[Any]:
+    at = [i for i, value in enumerate(values) if isinstance(value, Adapted)]
+    if len(at) > 1:
+        raise Unstructured("two adapted weights enter one elementwise operation")
+    weight: Adapted = values[at[0]]
+    site = Site(eqn, at[0], weight.shape, values, run.producer)
+    described = rule.axes(site)
+    if is_weight(weight.base):
+        bases = [None] * len(described)
+    else:
+        bases = _jaxpr.bind(eqn, [v.base if v is weight else v for v in values])
+    return [
+        weight.apply(base, *ops) for base, ops in zip(bases, described, strict=True)
+    ]
+
+
+def dense(value: Any) -> Any:
+    """`value`, built as one array where it is an adapted weight."""
+    return value.dense() if isinstance(value, Adapted) else value
+
+
+def _refusal(eqn: Any, values: Sequence[Any], reason: str) -> str:
+    paths = [v.origin.path or "?" for v in values if isinstance(v, Adapted)]
+    shapes = [v.shape for v in values if isinstance(v, Adapted)]
+    name = eqn.primitive.name
+    return (
+        f"`{name}` cannot use an adapted weight in factored form: {reason}.\n"
+        f"  weight  {', '.join(paths)}, shape {shapes[0]}\n"
+        f"  at      {_jaxpr.source(eqn)}\n"
+        "Leave the weight out of the targets, or allow the dense matrix to be built "
+        f"here:  adapt(fn, materialize=({name!r},))"
+    )
+
+
+# --------------------------------------------------------------------------------------
+
+
+def adapt(
+    fn: Callable[..., Any],
+    *,
+    materialize: str | Iterable[str] = "error",
+    custom: str = "error",
+) -> Callable[..., Any]:
+    r"""Makes `fn` understand bound parameters.
+
+    The result has `fn`'s signature. Wherever `fn` multiplies by an adapted weight, it
+    computes
+
+    $$x W + s\,(x A) B$$
+
+    and never $W + s A B$. The model is not changed: `fn` is traced to a jaxpr, and the
+    equations that touch an adapted weight are evaluated in factored form while all
+    others run as they stand, through `jit`, `scan` and `remat`, under `grad`, `vmap`,
+    `shard_map` and explicit sharding. Called without adapted weights, it calls `fn`.
+
+    Args:
+        fn: any function of arrays: `model.apply`, a loss, a decoding step. Weights may
+            stand anywhere in its arguments. Arrays and PRNG keys are traced; all other
+            arguments (`train=True`, a string, `None`) stay what they are.
+        materialize: what happens where an operation has no factored form. `"error"`
+            refuses, naming the operation, the weight and the line; a primitive's name
+            or several allow the dense weight to be built there; `"allow"` everywhere.
+        custom: what happens where an adapted weight enters a function with a custom
+            derivative. `"error"` refuses; `"primal"` goes inside and differentiates
+            what it finds there, without the custom rule; `"materialize"` builds the
+            dense weight and keeps the custom rule.
+
+    Returns:
+        A function with `fn`'s signature.
+
+    Raises:
+        TransformError: at the call, where a weight is used in a way that has no
+            factored form.
+
+    Example:
+        >>> import jax.numpy as jnp, lorax_jax as lj
+        >>> params = {"w": jnp.ones((3, 2))}
+        >>> fn = lambda params, x: x @ params["w"]
+        >>> plan = lj.plan(lj.LoraConfig("w", rank=1), params, fn, (params, jnp.ones(3)))
+        >>> adapter = lj.init(plan, params, key=jax.random.key(0))
+        >>> lj.adapt(fn)(lj.bind(params, adapter), jnp.ones(3))
+        Array([3., 3.], dtype=float32)
+    """
+    options = _options(materialize, custom)
+    traced: dict[Any, _Entry] = {}
+
+    @functools.wraps(fn)
+    def adapted(*args, **kwargs):
+        leaves, tree = jax.tree.flatten((args, kwargs), is_leaf=is_weight)
+        if not any(is_weight(leaf) for leaf in leaves):
+            return fn(*args, **kwargs)
+        dynamic = [_is_dynamic(leaf) for leaf in leaves]
+        static = tuple(
+            None if moves else leaf
+            for leaf, moves in zip(leaves, dynamic, strict=True)
+        )
+        values = [leaf for leaf, moves in zip(leaves, dynamic, strict=True) if moves]
+        key = (tree, tuple(dynamic), static, tuple(map(type, static)))
+        entry = _lookup(traced, key, fn)
+        jaxpr, out = entry.trace([_stand_in(value) for value in values])
+        inner, consts = _jaxpr.closed(jaxpr)
+        weights = [Adapted(v, ()) if _is_bare_base(v) else v for v in values]
+        results = interpret(inner, consts, weights, options)
+        return jax.tree.map(
+            lambda leaf: leaf.value if isinstance(leaf, _Static) else leaf,
+            jax.tree.unflatten(jax.tree.structure(out), results),
+            is_leaf=lambda leaf: isinstance(leaf, _Static),
+        )
+
+    return adapted
+
+
+def _options(materialize: str | Iterable[str], custom: str) -> Options:
+    if custom not in ("error", "primal", "materialize"):
+        raise TransformError(
+            f"`custom` = {custom!r}; one of 'error', 'primal', 'materialize' is meant."
+        )
+    if materialize in ("error", "allow"):
+        return Options(materialize == "allow", custom)
+    names = (materialize,) if isinstance(materialize, str) else tuple(materialize)
+    return Options(frozenset(names), custom)
+
+
+class _Entry:
+    """The traced form of a function for one structure of its arguments."""
+
+    def __init__(self, make: Callable[[], Callable[..., Any]]):
+        self.make = make
+        self.traced = _jaxpr.trace(make())
+        self.fresh = True
+        self.captures = False
+
+    def trace(self, values: list[Any]) -> tuple[Any, Any]:
+        if self.captures:
+            # The function reads a value of a running trace that is no argument of it.
+            # JAX's cache would give back the value of the trace before, so it is
+            # traced anew.
+            return _jaxpr.trace(self.make())(*values)
+        jaxpr, out = self.traced(*values)
+        self.captures = any(map(_jaxpr.is_tracer, _jaxpr.closed(jaxpr)[1]))
+        return jaxpr, out
+
+
+def _lookup(traced: dict[Any, _Entry], key: Any, fn: Callable[..., Any]) -> _Entry:
+    tree, dynamic, static, _ = key
+
+    def make():
+        def flat(*values):
+            moving = iter(values)
+            leaves = [
+                next(moving) if moves else fixed
+                for fixed, moves in zip(static, dynamic, strict=True)
+            ]
+            args, kwargs = jax.tree.unflatten(tree, leaves)
+            return jax.tree.map(
+                lambda leaf: leaf if _is_array(leaf) else _Static(leaf),
+                fn(*args, **kwargs),
+            )
+
+        return flat
+
+    try:
+        if key not in traced:
+            traced[key] = _Entry(make)
+        return traced[key]
+    except TypeError:  # an argument that cannot be hashed: nothing to find it by
+        return _Entry(make)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    """A result that is no array, kept in the tree of results instead of the jaxpr."""
+
+    value: Any
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic)
+
+
+def _is_dynamic(leaf: Any) -> bool:
+    return _is_array(leaf) or is_weight(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
+
+
+def _is_bare_base(value: Any) -> bool:
+    return is_weight(value) and not isinstance(value, Adapted)
+
+
+def _stand_in(value: Any) -> Any:
+    """What `fn` is traced on in place of a weight: something of the same type."""
+    base = value.base if isinstance(value, Adapted) else value
+    if is_weight(base):
+        return jax.ShapeDtypeStruct(base.shape, base.dtype)
+    return base

@@ -1,0 +1,92 @@
+"""Which rule handles which primitive."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+from ..structure import AxisOp
+
+# "native": consumes an adapted weight in factored form.
+# "passes": leaves the weight symbolic.
+# "enters": goes into inner jaxprs with it.
+Policy = Literal["native", "passes", "enters"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One equation with an adapted weight among its operands, as a rule sees it.
+
+    Attributes:
+        eqn: the equation.
+        at: the position of the weight among the operands.
+        shape: the weight's shape.
+        operands: values of all operands, or `None`s where only types are known.
+        producer: finds the equation that made an operand, or `None`.
+    """
+
+    eqn: Any
+    at: int
+    shape: tuple[int, ...]
+    operands: Sequence[Any]
+    producer: Callable[[Any], Any]
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The equation's parameters."""
+        return self.eqn.params
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        """Shape of the equation's first result."""
+        return self.eqn.outvars[0].aval.shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What the transform does at one primitive.
+
+    Attributes:
+        policy: see `Policy`.
+        apply: `apply(run, eqn, operands)` gives the results; `None` for a structural
+            rule, which `axes` describes completely.
+        axes: `axes(site)` gives what a structure-only operation does to the weight's
+            axes, for each result that is a weight.
+        note: a few words for the table in the README of this folder.
+        module: the rule's file.
+    """
+
+    policy: Policy
+    apply: Callable[..., list[Any]] | None
+    axes: Callable[[Site], list[tuple[AxisOp, ...]]] | None
+    note: str
+    module: str
+
+
+RULES: dict[str, Rule] = {}
+
+
+def rule(*primitives: str, policy: Policy, note: str):
+    """Registers `fn(run, eqn, operands) -> results` for some primitives."""
+
+    def register(fn):
+        for name in primitives:
+            RULES[name] = Rule(policy, fn, None, note, fn.__module__)
+        return fn
+
+    return register
+
+
+def structural(*primitives: str, note: str):
+    """Registers `fn(site) -> [(axis operations), ...]`, a tuple for each result.
+
+    The equation itself runs on a dense base; the axis operations are for everything
+    else that a weight is made of. Raise `Unstructured` where the operation has no such
+    description.
+    """
+
+    def register(fn):
+        for name in primitives:
+            RULES[name] = Rule("passes", None, fn, note, fn.__module__)
+        return fn
+
+    return register

@@ -1,0 +1,121 @@
+"""`scan`: adapters of stacked layers are scanned with their weights."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ...adapters import Adapted
+from ...structure import Factor, Unstructured, is_factor
+from .. import _jaxpr
+from .._interpreter import interpret
+from .._registry import rule
+
+
+@dataclasses.dataclass(frozen=True)
+class _Skeleton:
+    """What a stacked weight is, less its arrays: enough to put a slice together."""
+
+    structure: Any  # treedef with a leaf for each part
+    axes: tuple[tuple[Any, ...], ...]  # of each part, in one slice
+    moves: tuple[bool, ...]  # whether the part is scanned
+    dense: bool  # whether the first part is a dense base
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["arrays"], meta_fields=["skeleton"]
+)
+@dataclasses.dataclass(frozen=True)
+class _Stacked:
+    """The scanned arrays of a stacked weight, with its skeleton."""
+
+    arrays: list[Any]
+    skeleton: _Skeleton
+
+    def join(self, fixed: list[Any]) -> Adapted:
+        """The weight of one step, from its slices and from what does not move."""
+        skeleton = self.skeleton
+        fixed, moving = iter(fixed), iter(self.arrays)
+        parts: list[Any] = [
+            Factor(next(moving if moves else fixed), axes)
+            for moves, axes in zip(skeleton.moves, skeleton.axes, strict=True)
+        ]
+        if skeleton.dense:
+            parts[0] = parts[0].array
+        return jax.tree.unflatten(skeleton.structure, parts)
+
+
+def _unstack(weight: Adapted) -> tuple[_Stacked, list[Any]]:
+    """Takes a stacked weight apart for a scan over its leading axis.
+
+    Factors that run along the axis are scanned; the others are the same in every step.
+    """
+    parts = weight.parts()
+    skeleton = _Skeleton(
+        jax.tree.structure(weight, is_leaf=is_factor),
+        tuple(tuple(x for x in p.shift(-1).axes if x != -1) for p in parts),
+        tuple(part.holds(0) for part in parts),
+        not weight.is_packed,
+    )
+    moving = [
+        part.array
+        if part.axes[0] == 0
+        else jnp.moveaxis(part.array, part.axes.index(0), 0)
+        for part in parts
+        if part.holds(0)
+    ]
+    return _Stacked(moving, skeleton), [p.array for p in parts if not p.holds(0)]
+
+
+@functools.lru_cache(maxsize=4096)
+def _body(jaxpr: Any, options: Any, n_carry: int, invariant: tuple[int, ...]):
+    """The traced body of a scan on weights, its constants in front."""
+    inner, constants = _jaxpr.closed(jaxpr)
+
+    def body(consts, kept, fixed, carry, xs):
+        kept, fixed, carry = iter(kept), iter(fixed), iter(carry)
+        operands = [
+            *consts,
+            *[next(kept if i in invariant else carry) for i in range(n_carry)],
+            *[x.join(next(fixed)) if isinstance(x, _Stacked) else x for x in xs],
+        ]
+        outs = interpret(inner, constants, operands, options)
+        return [out for i, out in enumerate(outs) if i not in invariant]
+
+    return _jaxpr.trace(body)
+
+
+@rule("scan", policy="enters", note="factors are scanned, or ride as constants")
+def _scan(run, eqn, operands):
+    n_consts, n_carry = _jaxpr.scan_counts(eqn)
+    inner, _ = _jaxpr.closed(eqn.params["jaxpr"])
+    consts = operands[:n_consts]
+    carry = operands[n_consts : n_consts + n_carry]
+    # A weight in the carry is fine as long as every step hands it on as it is.
+    invariant = tuple(i for i, v in enumerate(carry) if isinstance(v, Adapted))
+    for i in invariant:
+        if inner.outvars[i] is not inner.invars[n_consts + i]:
+            raise Unstructured("a weight in the carry of a scan changes step by step")
+    kept = [carry[i] for i in invariant]
+    moving = [v for i, v in enumerate(carry) if i not in invariant]
+    xs, fixed = [], []
+    for x in operands[n_consts + n_carry :]:
+        if isinstance(x, Adapted):
+            x, still = _unstack(x)
+            fixed.append(still)
+        xs.append(x)
+
+    slices = jax.tree.map(_jaxpr.unstacked, xs)
+    body = _body(eqn.params["jaxpr"], run.options, n_carry, invariant)
+    jaxpr, kinds = body(consts, kept, fixed, moving, slices)
+    if any(isinstance(kind, Adapted) for kind in kinds):
+        raise Unstructured("a scan stacks an adapted weight as a result")
+    flat_consts = jax.tree.leaves((consts, kept, fixed))
+    flat_xs = jax.tree.leaves(xs)
+    counts = _jaxpr.scan_params(eqn, len(flat_consts), len(moving), len(flat_xs))
+    flat = [*flat_consts, *moving, *flat_xs]
+    results = iter(_jaxpr.bind(eqn, flat, jaxpr=jaxpr, **counts))
+    outs = len(eqn.outvars)
+    return [carry[i] if i in invariant else next(results) for i in range(outs)]
