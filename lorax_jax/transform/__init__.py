@@ -2,3 +2,6 @@
 
 from . import rules as rules
 from ._interpreter import adapt as adapt
+from ._roles import Consumer as Consumer
+from ._roles import Leaf as Leaf
+from ._roles import trace_roles as trace_roles

@@ -205,7 +205,7 @@ def adapt(
         >>> import jax.numpy as jnp, lorax_jax as lj
         >>> params = {"w": jnp.ones((3, 2))}
         >>> fn = lambda params, x: x @ params["w"]
-        >>> plan = lj.plan(lj.LoraConfig("w", rank=1), params, fn, (params, jnp.ones(3)))
+        >>> plan = lj.plan(lj.LoraConfig("w", rank=1), params, fn, (jnp.ones(3),))
         >>> adapter = lj.init(plan, params, key=jax.random.key(0))
         >>> lj.adapt(fn)(lj.bind(params, adapter), jnp.ones(3))
         Array([3., 3.], dtype=float32)
@@ -220,8 +220,7 @@ def adapt(
             return fn(*args, **kwargs)
         dynamic = [_is_dynamic(leaf) for leaf in leaves]
         static = tuple(
-            None if moves else leaf
-            for leaf, moves in zip(leaves, dynamic, strict=True)
+            None if moves else leaf for leaf, moves in zip(leaves, dynamic, strict=True)
         )
         values = [leaf for leaf, moves in zip(leaves, dynamic, strict=True) if moves]
         key = (tree, tuple(dynamic), static, tuple(map(type, static)))

@@ -2,7 +2,6 @@
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -61,9 +60,7 @@ def _reshape(site: Site):
 def _squeeze(site: Site):
     dropped = {d % len(site.shape) for d in site.params["dimensions"]}
     kept = [i for i in range(len(site.shape)) if i not in dropped]
-    groups = (
-        Group((old,), (new,), (site.shape[old],)) for new, old in enumerate(kept)
-    )
+    groups = (Group((old,), (new,), (site.shape[old],)) for new, old in enumerate(kept))
     return [(Reshape(tuple(groups)),)]
 
 
@@ -158,6 +155,8 @@ def _scale(site: Site):
     name = site.eqn.primitive.name
     if name == "div" and site.at == 1:
         raise Unstructured("something is divided by the weight")
+    if site.out_shape != site.shape:
+        raise Unstructured("the weight is stretched over a larger array")
     map = lax.mul if name == "mul" else lax.div
     atom = site.eqn.invars[other]
     values = site.operands[other]

@@ -1,0 +1,67 @@
+"""`count`: how much of a model an adapter trains."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import numpy as np
+
+from .adapters import Adapter, Fixed
+
+
+@dataclasses.dataclass(frozen=True)
+class Count:
+    """Numbers of values; printing it gives PEFT's line.
+
+    >>> print(Count(294_912, 124_734_720))
+    trainable params: 294,912 || all params: 124,734,720 || trainable%: 0.2364
+    """
+
+    trainable: int
+    total: int
+
+    def __str__(self) -> str:
+        return (
+            f"trainable params: {self.trainable:,d} || all params: {self.total:,d} || "
+            f"trainable%: {100 * self.trainable / self.total:.4f}"
+        )
+
+
+def count(params: Any, adapter: Adapter) -> Count:
+    """Counts trainable values and all values, base and adapter together.
+
+    Layers of a stack count at their true ranks. On types alone
+    (`jax.eval_shape`), where ranks are not known, they count as padded.
+
+    Args:
+        params: the parameter tree, or its types.
+        adapter: an adapter, or its types.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, lorax_jax as lj
+        >>> params = {"w": jnp.ones((30, 20))}
+        >>> plan = lj.plan(lj.LoraConfig("w", rank=2), params, fn=lambda p, x: x @ p["w"],
+        ...                args=(jnp.ones(30),))
+        >>> print(lj.count(params, lj.init(plan, params, key=jax.random.key(0))))
+        trainable params: 100 || all params: 700 || trainable%: 14.2857
+    """
+    base = sum(
+        math.prod(leaf.shape)
+        for leaf in jax.tree.leaves(params)
+        if hasattr(leaf, "shape")
+    )
+    trainable = sum(
+        _values(adapter.train[name], fixed) for name, fixed in adapter.fixed.items()
+    )
+    return Count(trainable, base + trainable)
+
+
+def _values(train: dict[str, Any], fixed: Fixed) -> int:
+    padded = train["a"].shape[-1]
+    per_rank = sum(math.prod(train[name].shape) for name in ("a", "b")) // padded
+    rank = fixed["rank"]
+    if isinstance(rank, jax.ShapeDtypeStruct | jax.core.Tracer):
+        return per_rank * padded
+    layers = max(1, math.prod(rank.shape))
+    return per_rank // layers * int(np.asarray(rank).sum())

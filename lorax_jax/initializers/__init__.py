@@ -1,0 +1,11 @@
+"""Where an adapter starts: one method a file."""
+
+from ._base import Initializer as Initializer
+from ._base import Start as Start
+from ._base import get as get
+from ._base import names as names
+from ._base import register as register
+from ._embedding import embedding as embedding
+from ._gaussian import gaussian as gaussian
+from ._kaiming import kaiming as kaiming
+from ._random import random as random

@@ -1,0 +1,8 @@
+"""From a configuration and a model to sites, and from sites to a starting adapter."""
+
+from ._init import init as init
+from ._plan import Memory as Memory
+from ._plan import Plan as Plan
+from ._plan import plan as plan
+from ._sites import Site as Site
+from ._sites import Slot as Slot

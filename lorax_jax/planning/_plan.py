@@ -1,0 +1,199 @@
+"""`plan`: from a configuration and a model to a list of sites, without any arrays."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from .. import _paths, initializers
+from .._config import LoraConfig
+from .._errors import PlanError, closest, shorten
+from ..adapters import Role
+from ..transform import Consumer, Leaf, trace_roles
+from ._select import Selection
+from ._sites import Site, Slot
+from ._table import table
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Where an adapter will act. Iterating gives its sites; printing gives a table.
+
+    Attributes:
+        config: what was asked for.
+        slots: the adapted leaves, each with its sites.
+        base: number of values in the parameters.
+        base_bytes: their size in bytes.
+        matches: for each rule, its pattern and how many sites it took.
+    """
+
+    config: LoraConfig
+    slots: tuple[Slot, ...]
+    base: int
+    base_bytes: int
+    matches: tuple[tuple[str, int], ...]
+
+    def __iter__(self) -> Iterator[Site]:
+        return (site for slot in self.slots for site in slot.sites if site is not None)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    @property
+    def trainable(self) -> int:
+        """Number of trainable values, at true ranks."""
+        return sum(site.trainable for site in self)
+
+    @property
+    def total(self) -> int:
+        """Number of all values: the parameters and the adapter."""
+        return self.base + self.trainable
+
+    def memory(self, *, optimizer_copies: float = 2) -> "Memory":
+        """Bytes that training will hold beside activations.
+
+        Args:
+            optimizer_copies: optimizer state in multiples of the adapter: 2 for Adam.
+        """
+        values = sum(
+            math.prod(slot.shape_a()) + math.prod(slot.shape_b()) for slot in self.slots
+        )
+        adapter = values * jnp.dtype(self.config.dtype).itemsize
+        return Memory(
+            self.base_bytes, adapter, adapter, int(adapter * optimizer_copies)
+        )
+
+    def __str__(self) -> str:
+        return table(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on the device: what the base and the adapter's training take."""
+
+    base: int
+    adapter: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        """The sum."""
+        return self.base + self.adapter + self.gradients + self.optimizer
+
+    def __str__(self) -> str:
+        parts = dataclasses.asdict(self) | {"total": self.total}
+        return ", ".join(
+            f"{name} {size / 2**20:,.1f} MiB" for name, size in parts.items()
+        )
+
+
+def plan(
+    config: LoraConfig,
+    params: Any,
+    fn: Callable[..., Any] | None = None,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    roles: Mapping[str, Any] | None = None,
+) -> Plan:
+    """Decides which weights of a model are adapted, and prints as a table.
+
+    Which axes of a weight are summed over, produced or carried is read off the jaxpr
+    of `fn(params, *args, **kwargs)`, never guessed from shapes. Nothing is allocated:
+    `params` and `args` may be `jax.ShapeDtypeStruct`s, as `jax.eval_shape` gives them.
+
+    Args:
+        config: what to adapt.
+        params: the parameter tree, or its types.
+        fn: the model: any function whose first argument is the parameter tree.
+        args: its other positional arguments, or their types.
+        kwargs: its keyword arguments.
+        roles: instead of `fn`, or over what it shows: path -> a dict with `inputs`,
+            `outputs` and optionally `batch` (tuples of axes) and `lookup` (`True` for
+            a table whose `inputs` axis is looked up).
+
+    Returns:
+        A `Plan`.
+
+    Raises:
+        PlanError: if a target matches nothing, or not what it `expect`s; if a matched
+            leaf is used by no product; if a tied weight is matched and `tie` is not
+            chosen; if a rank exceeds what a weight can have.
+
+    Example:
+        >>> import jax, lorax_jax as lj
+        >>> params = {"attn": {"q": jax.ShapeDtypeStruct((64, 4, 16), jnp.float32)}}
+        >>> fn = lambda p, x: jnp.einsum("bd,dnh->bnh", x, p["attn"]["q"])
+        >>> x = jax.ShapeDtypeStruct((2, 64), jnp.float32)
+        >>> plan = lj.plan(lj.LoraConfig("attn/q", rank=4), params, fn, (x,))
+        >>> [(site.path, site.rank, site.trainable) for site in plan]
+        [('attn/q', 4, 512)]
+    """
+    if fn is None and roles is None:
+        raise PlanError(
+            "`plan` needs `fn` to see how the model uses its weights. Pass the function "
+            "and its arguments, `plan(config, params, fn=model.apply, args=(ids,))`, or "
+            "declare `roles` by hand."
+        )
+    _check_init(config)
+    arrays = [
+        (path, leaf)
+        for path, leaf in _paths.flatten(params)[0]
+        if hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+    ]
+    if fn is not None:
+        found = trace_roles(fn, params, args, kwargs or {})
+    else:
+        found = {path: Leaf(path, tuple(leaf.shape)) for path, leaf in arrays}
+    _declare(found, roles or {})
+    selection = Selection(config, found)
+    slots = selection.slots({path: leaf.dtype for path, leaf in arrays})
+    patterns = [rule.pattern for rule in selection.rules]
+    return Plan(
+        config,
+        tuple(slots),
+        sum(math.prod(leaf.shape) for _, leaf in arrays),
+        sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for _, x in arrays),
+        tuple(zip(patterns, selection.counts, strict=True)),
+    )
+
+
+def _check_init(config: LoraConfig) -> None:
+    rules = config.rules or ()
+    for init in (config.init, *(rule.init for rule in rules if rule.init is not None)):
+        if init not in initializers.names():
+            known = [repr(name) for name in initializers.names()]
+            raise PlanError(
+                f"`init` = {init!r} is no initializer. Known: {', '.join(known)}."
+            )
+
+
+def _declare(found: dict[str, Leaf], roles: Mapping[str, Any]) -> None:
+    """Lets declared roles stand in for what the trace found."""
+    for path, declared in roles.items():
+        if path not in found:
+            near = shorten(closest(path, found))
+            raise PlanError(
+                f"`roles` names {path!r}, which is no leaf. Closest: {near}."
+            )
+        if isinstance(declared, Role):
+            declared = dataclasses.asdict(declared)
+        unknown = set(declared) - {f.name for f in dataclasses.fields(Role)}
+        leaf = found[path]
+        inputs, outputs = declared.get("inputs", ()), declared.get("outputs", ())
+        batch = declared.get("batch", ())
+        axes = sorted((*inputs, *outputs, *batch))
+        if unknown or axes != list(range(len(leaf.shape))) or not (inputs and outputs):
+            raise PlanError(
+                f"`roles[{path!r}]` = {dict(declared)} must give each of the "
+                f"{len(leaf.shape)} axes of shape {leaf.shape} to exactly one of "
+                "`inputs`, `outputs` and `batch`, e.g. "
+                "{'inputs': (0,), 'outputs': (1,)}."
+            )
+        named = dict.fromkeys(inputs, "in") | dict.fromkeys(outputs, "out")
+        kind = "lookup" if declared.get("lookup") else "product"
+        whole = tuple(named.get(i, "batch") for i in range(len(leaf.shape)))
+        leaf.consumers = [Consumer(kind, whole, source="declared in `roles`")]

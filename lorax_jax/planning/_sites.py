@@ -1,0 +1,115 @@
+"""Sites, and the weights that hold them."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from ..adapters import Role, Use
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One place where an adapter acts: a path, a part of the leaf there, and a use.
+
+    Attributes:
+        path: the path; for a layer of a stack its virtual path, as an unrolled model
+            would have it (`layers/3/attn/q_proj/kernel`).
+        leaf: the path of the leaf that holds it (`layers/attn/q_proj/kernel`).
+        part: pairs (axis, index) that pick the site out of the leaf; empty for a
+            whole leaf.
+        use: the only use of a tied weight that is adapted, or `None`.
+        shape: shape of the part.
+        role: roles of the leaf's axes.
+        rank: columns of A.
+        alpha: numerator of the scale.
+        scale: the multiplier of `A B`.
+        rule: the pattern that matched.
+        init: how A and B start.
+        dropout: probability of dropping an input of A.
+        trainable: number of trainable values.
+    """
+
+    path: str
+    leaf: str
+    part: tuple[tuple[int, int], ...]
+    use: Use | None
+    shape: tuple[int, ...]
+    role: Role
+    rank: int
+    alpha: float
+    scale: float
+    rule: str
+    init: str | bool
+    dropout: float
+    trainable: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """The arrays of one adapted leaf: all its sites, padded to one rank.
+
+    Attributes:
+        role: roles of the leaf's axes.
+        shape: the leaf's shape.
+        dtype: the leaf's dtype.
+        sites: one for each index of the stacked axes, in row-major order; `None` where
+            a layer is not adapted. A leaf that is no stack has one site.
+    """
+
+    role: Role
+    shape: tuple[int, ...]
+    dtype: Any
+    sites: tuple[Site | None, ...]
+
+    @property
+    def name(self) -> str:
+        """Key of the leaf in an adapter's dictionaries."""
+        return self.role.name
+
+    @property
+    def rank(self) -> int:
+        """The largest rank: what the arrays are padded to."""
+        return max(site.rank for site in self.sites if site is not None)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Sizes of the stacked axes."""
+        return self.role.sizes(self.shape, self.role.stacked)
+
+    @property
+    def experts(self) -> tuple[int, ...]:
+        """Sizes of the batch axes that are no stacks."""
+        return self.role.sizes(self.shape, self.role.batch[self.role.stack :])
+
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        """Sizes of the axes that A runs along."""
+        return self.role.sizes(self.shape, self.role.inputs)
+
+    @property
+    def outputs(self) -> tuple[int, ...]:
+        """Sizes of the axes that B runs along."""
+        return self.role.sizes(self.shape, self.role.outputs)
+
+    def shape_a(self) -> tuple[int, ...]:
+        """Shape of the array `a`."""
+        return (*self.layers, *self.experts, *self.inputs, self.rank)
+
+    def shape_b(self) -> tuple[int, ...]:
+        """Shape of the array `b`."""
+        return (*self.layers, *self.experts, self.rank, *self.outputs)
+
+
+def parameters(role: Role, shape: tuple[int, ...], rank: int) -> int:
+    """Trainable values of one site at `rank`: `rank * (d_in + d_out)` per expert."""
+    inputs = math.prod(role.sizes(shape, role.inputs))
+    outputs = math.prod(role.sizes(shape, role.outputs))
+    experts = math.prod(role.sizes(shape, role.batch[role.stack :]))
+    return experts * rank * (inputs + outputs)
+
+
+def part_indices(role: Role, shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """Every index into the stacked axes, in row-major order."""
+    return itertools.product(*(range(n) for n in role.sizes(shape, role.stacked)))

@@ -1,0 +1,410 @@
+"""What each weight is to the model: roles of its axes, read off the jaxpr.
+
+A shape does not say which of a weight's axes are summed over. The program does: this
+module follows every parameter through transposes, reshapes, slices and control flow to
+the operations that consume it, without computing anything.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+
+from .. import _paths
+from ..structure import (
+    AxisOp,
+    Broadcast,
+    Reshape,
+    Scale,
+    Transpose,
+    Unstructured,
+)
+from . import _jaxpr
+from ._registry import RULES, Site
+from .rules import _dot_general, _gather
+
+AxisRole = Literal["in", "out", "batch"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Consumer:
+    """One way in which the model consumes a weight.
+
+    Attributes:
+        kind: `"product"`, `"lookup"`, or `"other"` for an operation with no low-rank
+            form, such as adding a bias.
+        axes: the role of each of the leaf's axes.
+        primitive: the operation.
+        source: its line in the model.
+        problem: why the axes have no single role, or `None`.
+    """
+
+    kind: Literal["product", "lookup", "other"]
+    axes: tuple[AxisRole, ...] = ()
+    primitive: str = ""
+    source: str = dataclasses.field(default="", compare=False)
+    problem: str | None = None
+
+
+@dataclasses.dataclass
+class Leaf:
+    """What the trace found out about one parameter.
+
+    Attributes:
+        path: its path.
+        shape: its shape.
+        consumers: how it is consumed, in program order, without repetitions.
+        heads: which consumers' products reach the function's result with no other
+            weight behind them.
+        stacks: its axes that are read a layer at a time, each with the depth in the
+            path at which the stack lives.
+        stopped: whether a `stop_gradient` lies on its way.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    consumers: list[Consumer] = dataclasses.field(default_factory=list)
+    heads: set[Consumer] = dataclasses.field(default_factory=set)
+    stacks: dict[int, int] = dataclasses.field(default_factory=dict)
+    stopped: bool = False
+
+    def of_kind(self, kind: str) -> list[Consumer]:
+        """The consumers of one kind."""
+        return [consumer for consumer in self.consumers if consumer.kind == kind]
+
+    def size(self, consumer: Consumer, role: AxisRole) -> int:
+        """Number of entries along the axes that have `role` for `consumer`."""
+        size = 1
+        for n, r in zip(self.shape, consumer.axes, strict=True):
+            size *= n if r == role else 1
+        return size
+
+
+def trace_roles(
+    fn: Callable[..., Any], params: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, Leaf]:
+    """Follows every leaf of `params` through `fn(params, *args, **kwargs)`.
+
+    Args:
+        fn: the model, as it will be given to `adapt`.
+        params: the parameter tree, or its types.
+        args: the other positional arguments; arrays or their types.
+        kwargs: the keyword arguments.
+
+    Returns:
+        What was found out, for each path of `params` that holds an array.
+    """
+    paths = [path for path, _ in _paths.flatten(params)[0]]
+    flat, tree = jax.tree.flatten(((params, *args), dict(kwargs)))
+    moves = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in flat]
+
+    def call(*moving):
+        values = iter(moving)
+        leaves = [
+            next(values) if move else leaf
+            for leaf, move in zip(flat, moves, strict=True)
+        ]
+        args, kwargs = jax.tree.unflatten(tree, leaves)
+        out = jax.tree.leaves(fn(*args, **kwargs))
+        return [leaf for leaf in out if hasattr(leaf, "dtype")]
+
+    found, values = {}, []
+    for i, leaf in enumerate(flat):
+        if moves[i] and i < len(paths):  # parameters come first
+            found[paths[i]] = Leaf(paths[i], tuple(leaf.shape))
+            values.append(_whole(found[paths[i]]))
+        elif moves[i]:
+            values.append(frozenset())
+    jaxpr, _ = _jaxpr.trace(call)(*[x for x, move in zip(flat, moves) if move])
+    walk = _Walk(found)
+    for value in walk.inside(jaxpr, values):
+        if not _is_weight(value):
+            for path, consumer in value:
+                found[path].heads.add(consumer)
+    walk.place_stacks()
+    return found
+
+
+# A value of the walk is either what a parameter has become, or a plain array: the
+# consumers that it depends on with no other weight in between.
+Flow = frozenset[tuple[str, Consumer]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """What a leaf has become after some structure-only operations.
+
+    Attributes:
+        leaf: the leaf's path.
+        axes: for each axis of the value, the leaf's axes that it is made of.
+    """
+
+    leaf: str
+    axes: tuple[frozenset[int], ...]
+
+    def apply(self, op: AxisOp) -> "Probe":
+        """What the leaf becomes under one more operation."""
+        axes = self.axes
+        match op:
+            case Transpose(permutation):
+                axes = tuple(axes[i] for i in permutation)
+            case Broadcast(positions, shape):
+                new = [frozenset()] * len(shape)
+                for old, position in enumerate(positions):
+                    new[position] = axes[old]
+                axes = tuple(new)
+            case Reshape(groups):
+                count = 1 + max((i for g in groups for i in g.new), default=-1)
+                new = [frozenset()] * count
+                for group in groups:
+                    whole = frozenset().union(*(axes[i] for i in group.old))
+                    for i in group.new:
+                        new[i] = whole
+                axes = tuple(new)
+        return dataclasses.replace(self, axes=axes)
+
+    def pad(self, ndim: int) -> "Probe":
+        """The probe with as many axes as the value has; new ones come last."""
+        missing = (frozenset(),) * (ndim - len(self.axes))
+        return dataclasses.replace(self, axes=self.axes + missing)
+
+
+Probes = tuple[Probe, ...]
+
+
+def _whole(leaf: Leaf) -> Probes:
+    return (Probe(leaf.path, tuple(frozenset([i]) for i in range(len(leaf.shape)))),)
+
+
+def _is_weight(value: Any) -> bool:
+    return isinstance(value, tuple)
+
+
+class _Walk:
+    """One pass over a jaxpr and the jaxprs inside it."""
+
+    def __init__(self, found: dict[str, Leaf]):
+        self.found = found
+        # Leaves that are read layer by layer together, by what reads them.
+        self.read_together: dict[Any, dict[str, int]] = {}
+
+    def jaxpr(self, jaxpr: Any, consts: Sequence[Any], values: Sequence[Any]) -> list:
+        env: dict[Any, Any] = {}
+        env.update(zip(jaxpr.constvars, consts, strict=True))
+        env.update(zip(jaxpr.invars, values, strict=True))
+        makers = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
+
+        def read(atom):
+            return frozenset() if _jaxpr.is_literal(atom) else env[atom]
+
+        def producer(atom):
+            return None if _jaxpr.is_literal(atom) else makers.get(atom)
+
+        for eqn in jaxpr.eqns:
+            operands = [read(atom) for atom in eqn.invars]
+            if any(_is_weight(value) for value in operands):
+                results = self.equation(eqn, operands, producer)
+            else:
+                results = [frozenset().union(*operands)] * len(eqn.outvars)
+            env.update(zip(eqn.outvars, results, strict=True))
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def equation(self, eqn: Any, operands: list[Any], producer: Any) -> list[Any]:
+        name = eqn.primitive.name
+        if name == "dot_general":
+            return [self.product(eqn, operands)]
+        if name == "gather" and _is_weight(operands[0]):
+            return [self.gather(eqn, operands[0])]
+        if name in ("concatenate", "stop_gradient"):
+            weights = [p for v in operands if _is_weight(v) for p in v]
+            if name == "stop_gradient":
+                for probe in weights:
+                    self.found[probe.leaf].stopped = True
+            return [tuple(weights)]
+        if name in _INNER:
+            return getattr(self, _INNER[name])(eqn, operands)
+        rule = RULES.get(name)
+        at = [i for i, value in enumerate(operands) if _is_weight(value)]
+        if rule is not None and rule.axes is not None and len(at) == 1:
+            try:
+                return self.structural(eqn, rule, at[0], operands, producer)
+            except Unstructured:
+                pass
+        return self.other(eqn, operands)
+
+    def structural(self, eqn, rule, at, operands, producer) -> list[Any]:
+        shape = eqn.invars[at].aval.shape
+        site = Site(eqn, at, shape, [None] * len(operands), producer)
+        described = rule.axes(site)
+        if any(isinstance(op, Scale) for ops in described for op in ops):
+            self.check_scaled(operands[at], shape, described[0])
+        results = []
+        for ops, var in zip(described, eqn.outvars, strict=True):
+            probes = operands[at]
+            for op in ops:
+                probes = tuple(probe.apply(op) for probe in probes)
+            probes = tuple(probe.pad(len(var.aval.shape)) for probe in probes)
+            self.indexed(operands[at], probes)
+            results.append(probes)
+        return results
+
+    def check_scaled(self, probes: Probes, shape: tuple[int, ...], ops: Any) -> None:
+        """Tells a rescaled weight from activations that a weight rescales."""
+        large = {i for i, n in enumerate(shape) if n > 1}
+        stretched = any(not probe.axes[i] for probe in probes for i in large)
+        full = len(large) > 1 and large <= set(ops[0].axes)
+        if stretched or full:
+            raise Unstructured("a product with activations")
+
+    def indexed(self, before: Probes, after: Probes) -> None:
+        """Notes the axes that an index has removed: a layer chosen from a stack."""
+        for old, new in zip(before, after, strict=True):
+            gone = frozenset().union(*old.axes) - frozenset().union(*new.axes)
+            leaf = self.found[new.leaf]
+            for axis in gone:
+                if leaf.shape[axis] > 1:
+                    group = ("index", leaf.shape[axis])
+                    self.read_together.setdefault(group, {})[leaf.path] = axis
+
+    def product(self, eqn: Any, operands: list[Any]) -> Any:
+        reached: set[tuple[str, Consumer]] = set()
+        for at, value in enumerate(operands):
+            if not _is_weight(value):
+                continue
+            dims = _dot_general.read(eqn, at)
+            roles: dict[int, AxisRole] = {w: "in" for _, w in dims.contract}
+            roles |= {w: "batch" for _, w in dims.batch}
+            for probe in value:
+                reached.add(self.consume(probe, eqn, "product", roles))
+        return frozenset(reached)
+
+    def gather(self, eqn: Any, probes: Probes) -> Any:
+        shape = eqn.invars[0].aval.shape
+        try:
+            rows = _gather.read(eqn, shape, None)
+        except Unstructured:
+            return self.other(eqn, [probes])[0]
+        if len(eqn.invars[1].aval.shape) > 1:  # rows of a table: activations
+            roles: dict[int, AxisRole] = {rows.axis: "in"}
+            return frozenset(self.consume(p, eqn, "lookup", roles) for p in probes)
+        chosen = tuple(
+            dataclasses.replace(p, axes=tuple(p.axes[i] for i in rows.out_labels))
+            for p in probes
+        )
+        self.indexed(probes, chosen)
+        return chosen
+
+    def consume(
+        self, probe: Probe, eqn: Any, kind: Any, roles: dict[int, AxisRole]
+    ) -> tuple[str, Consumer]:
+        leaf = self.found[probe.leaf]
+        found: dict[int, AxisRole] = {}
+        problem = None
+        for i, axes in enumerate(probe.axes):
+            for axis in axes:
+                role = roles.get(i, "out")
+                if found.setdefault(axis, role) != role:
+                    problem = (
+                        f"axis {axis} is split, and its parts have the roles "
+                        f"`{found[axis]}` and `{role}`"
+                    )
+        axes = tuple(found.get(i, "batch") for i in range(len(leaf.shape)))
+        consumer = Consumer(kind, axes, eqn.primitive.name, _jaxpr.source(eqn), problem)
+        if consumer not in leaf.consumers:
+            leaf.consumers.append(consumer)
+        return leaf.path, consumer
+
+    def other(self, eqn: Any, operands: list[Any]) -> list[Any]:
+        flow: Flow = frozenset()
+        for value in operands:
+            if _is_weight(value):
+                for probe in value:
+                    leaf = self.found[probe.leaf]
+                    consumer = Consumer(
+                        "other", (), eqn.primitive.name, _jaxpr.source(eqn)
+                    )
+                    if consumer not in leaf.consumers:
+                        leaf.consumers.append(consumer)
+            else:
+                flow |= value
+        return [flow] * len(eqn.outvars)
+
+    # Control flow: the same walk inside.
+
+    def call(self, eqn: Any, operands: list[Any]) -> list[Any]:
+        params = eqn.params
+        name = next(n for n in ("jaxpr", "call_jaxpr", "fun_jaxpr") if n in params)
+        return self.inside(params[name], operands)
+
+    def inside(self, jaxpr: Any, operands: Sequence[Any]) -> list[Any]:
+        inner, consts = _jaxpr.closed(jaxpr)
+        return self.jaxpr(inner, [frozenset()] * len(consts), operands)
+
+    def cond(self, eqn: Any, operands: list[Any]) -> list[Any]:
+        branches = [self.inside(b, operands[1:]) for b in eqn.params["branches"]]
+        return [_join(values) for values in zip(*branches, strict=True)]
+
+    def while_loop(self, eqn: Any, operands: list[Any]) -> list[Any]:
+        n, m = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+        consts, carry = operands[n : n + m], operands[n + m :]
+        self.inside(eqn.params["cond_jaxpr"], [*operands[:n], *carry])
+        return self.repeat(eqn.params["body_jaxpr"], consts, carry, [])
+
+    def scan(self, eqn: Any, operands: list[Any]) -> list[Any]:
+        n, m = _jaxpr.scan_counts(eqn)
+        xs = [self.unstack(eqn, x) for x in operands[n + m :]]
+        return self.repeat(eqn.params["jaxpr"], operands[:n], operands[n : n + m], xs)
+
+    def unstack(self, eqn: Any, x: Any) -> Any:
+        if not _is_weight(x):
+            return x
+        for probe in x:
+            for axis in probe.axes[0]:
+                group = self.read_together.setdefault(("scan", id(eqn)), {})
+                group[probe.leaf] = axis
+        return tuple(dataclasses.replace(p, axes=p.axes[1:]) for p in x)
+
+    def repeat(self, jaxpr: Any, consts: list, carry: list, xs: list) -> list[Any]:
+        """Walks a loop's body until what flows around the loop stays the same."""
+        while True:
+            outs = self.inside(jaxpr, [*consts, *carry, *xs])
+            joined = [
+                _join(pair) for pair in zip(carry, outs[: len(carry)], strict=True)
+            ]
+            if joined == carry:
+                return outs
+            carry = joined
+
+    def place_stacks(self) -> None:
+        """Finds where in the path each stack lives: what its leaves have in common."""
+        for group in self.read_together.values():
+            depth = _paths.common_depth(list(group))
+            for path, axis in group.items():
+                self.found[path].stacks.setdefault(axis, depth)
+
+
+def _join(values: Sequence[Any]) -> Any:
+    """What a value is if it may be any of these."""
+    first = values[0]
+    if all(value == first for value in values):
+        return first
+    return frozenset().union(*(v for v in values if not _is_weight(v)))
+
+
+_INNER = {
+    "jit": "call",
+    "pjit": "call",
+    "closed_call": "call",
+    "core_call": "call",
+    "remat2": "call",
+    "remat": "call",
+    "checkpoint": "call",
+    "custom_jvp_call": "call",
+    "custom_vjp_call": "call",
+    "custom_vjp_call_jaxpr": "call",
+    "shard_map": "call",
+    "cond": "cond",
+    "while": "while_loop",
+    "scan": "scan",
+}
