@@ -91,24 +91,22 @@ class Adapted:
         """
         return not self.terms or any(term.looks_up(axis) for term in self.terms)
 
-    def apply(self, base: jax.Array | Base, *ops: AxisOp) -> "Adapted":
+    def apply(self, base: Any, *ops: AxisOp) -> "Adapted":
         """The weight after structure-only operations.
 
         Args:
-            base: what the operations made of a dense base; ignored for a `Base`, which
+            base: what the operations made of a dense base; `None` for a `Base`, which
                 applies them itself.
             ops: the operations, in order, for the terms.
         """
+        if isinstance(self.base, Base):
+            base = self.base
+            for op in ops:
+                base = base.cast(op.dtype) if isinstance(op, Cast) else base.apply(op)
         terms = self.terms
         for op in ops:
             terms = tuple(term.apply(op) for term in terms)
-            if isinstance(self.base, Base):
-                base = self._apply_base(base, op)
         return Adapted(base, terms, self.origin)
-
-    @staticmethod
-    def _apply_base(base: Base, op: AxisOp) -> Base:
-        return base.cast(op.dtype) if isinstance(op, Cast) else base.apply(op)
 
     def dot(self, y: jax.Array | None, x: jax.Array, dims: Dot) -> jax.Array:
         """`x . W` for the adapted weight; `y` is the dense base's product."""

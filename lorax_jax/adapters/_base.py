@@ -1,7 +1,7 @@
 """`Term`: what every kind of adapter answers when a rule asks for its contribution."""
 
 import abc
-from typing import Literal, Self
+from typing import Literal
 
 import jax
 
@@ -61,11 +61,11 @@ class Term(abc.ABC):
         """Whether the term takes part in this use of the weight (see `tie`)."""
         return self.use is None or self.use == use
 
-    def rescale(self, op: Scale) -> Self:
+    def rescale(self, op: Scale) -> "Term":
         """The term of a weight multiplied by a scalar or vector."""
         raise Unstructured(f"{type(self).__name__} does not commute with a product")
 
-    def apply(self, op: AxisOp) -> Self:
+    def apply(self, op: AxisOp) -> "Term":
         """The term of the weight that `op` makes of this term's weight.
 
         Raises:

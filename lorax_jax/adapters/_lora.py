@@ -1,7 +1,6 @@
 """LoRA: the low-rank term `W + s A B`."""
 
 import dataclasses
-from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -133,7 +132,7 @@ class LowRank(Term):
         looked, other = (self.a, self.b) if self.lookup == "a" else (self.b, self.a)
         return looked.holds(axis) and not other.holds(axis)
 
-    def rescale(self, op: Scale) -> Self:
+    def rescale(self, op: Scale) -> "LowRank":
         for name in ("b", "a"):
             factor: Factor = getattr(self, name)
             if all(factor.holds(axis) for axis in op.axes):

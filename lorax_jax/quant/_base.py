@@ -1,7 +1,7 @@
 """`Base`: a frozen weight that is kept in another form than a dense array."""
 
 import abc
-from typing import Any, Self
+from typing import Any
 
 import jax
 
@@ -43,15 +43,15 @@ class Base(abc.ABC):
     def dense(self) -> jax.Array:
         """W as a dense array: for merging, and on request."""
 
-    def rescale(self, op: Scale) -> Self:
+    def rescale(self, op: Scale) -> "Base":
         """The base multiplied by a scalar or vector."""
         raise Unstructured(f"{type(self).__name__} does not commute with a product")
 
-    def cast(self, dtype: Any) -> Self:
+    def cast(self, dtype: Any) -> "Base":
         """The base, seen by the model in another floating dtype."""
         raise Unstructured(f"{type(self).__name__} cannot change its dtype to {dtype}")
 
-    def apply(self, op: AxisOp) -> Self:
+    def apply(self, op: AxisOp) -> "Base":
         """The base that a structure-only operation makes of this one."""
         if isinstance(op, Scale):
             return self.rescale(op)

@@ -9,6 +9,7 @@ of a quantized base, a probe that only watches) applies the description to its p
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 
@@ -78,16 +79,29 @@ class Scale:
 
     Attributes:
         map: `map(array, values)`, an elementwise product or quotient.
-        values: the multiplier, one axis for each of `axes`.
+        values: the multiplier, one axis for each of `axes`; `None` where only types
+            are known.
         axes: the weight's axes, ascending; empty for a scalar.
     """
 
-    map: Callable[[jax.Array, jax.Array], jax.Array]
-    values: jax.Array
+    map: Callable[[jax.Array, Any], jax.Array]
+    values: Any
     axes: tuple[int, ...] = ()
 
 
-AxisOp = Cast | Transpose | Reshape | Broadcast | Along | Scale
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """The weight moves to another layout over a mesh, and its pieces with it.
+
+    Attributes:
+        map: `map(array, axes)` lays out an array whose axes run along these axes of
+            the weight.
+    """
+
+    map: Callable[[jax.Array, tuple[Label, ...]], jax.Array]
+
+
+AxisOp = Cast | Transpose | Reshape | Broadcast | Along | Scale | Place
 
 
 class Unstructured(Exception):
@@ -132,15 +146,3 @@ def reshape(old: tuple[int, ...], new: tuple[int, ...]) -> Reshape:
             )
     assert math.prod(old) == math.prod(new)
     return Reshape(tuple(groups))
-
-
-def shape_after(op: AxisOp, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The weight's shape after `op`, or `None` where only the operation knows it."""
-    match op:
-        case Cast() | Scale():
-            return shape
-        case Transpose(permutation):
-            return tuple(shape[i] for i in permutation)
-        case Broadcast(_, new):
-            return new
-    return None

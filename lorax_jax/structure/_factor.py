@@ -12,6 +12,7 @@ from ._axes import (
     Cast,
     Group,
     Label,
+    Place,
     Reshape,
     Scale,
     Transpose,
@@ -70,11 +71,12 @@ class Factor:
                 return self
             case Transpose(permutation):
                 return self._relabel({old: new for new, old in enumerate(permutation)})
-            case Along(axis, map, fills):
-                if self.holds(axis):
-                    return Factor(map(self.array, self.axes.index(axis)), self.axes)
-                del fills  # another factor of the same product holds the axis, or the
-                return self  # owner refuses: see `Term.apply`.
+            case Along(axis, map):
+                if not self.holds(axis):
+                    return self  # where zeros must be filled in, its owner refuses
+                return Factor(map(self.array, self.axes.index(axis)), self.axes)
+            case Place(map):
+                return Factor(map(self.array, self.axes), self.axes)
             case Broadcast(positions, shape):
                 return self._broadcast(positions, shape)
             case Reshape(groups):

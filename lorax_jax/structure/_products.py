@@ -62,7 +62,7 @@ class Take:
 
     Attributes:
         axis: the weight's axis that the indices run over.
-        indices: integers, shape `(*ids, 1)`.
+        indices: integers, shape `(*ids, 1)`; `None` where only types are known.
         out_labels: labels of the gathered array: `("x", i)` for the axes of the
             indices, integers for the weight's other axes.
         mode: what happens to an index out of range, as in `jax.lax.gather`.
@@ -70,7 +70,7 @@ class Take:
     """
 
     axis: int
-    indices: jax.Array
+    indices: Any
     out_labels: tuple[OperandLabel, ...]
     mode: Any = None
     sorted: bool = False

@@ -1,5 +1,6 @@
 """`adapt`: runs a function on adapted weights, building none of them."""
 
+import contextvars
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
@@ -111,7 +112,25 @@ def _last_uses(jaxpr: Any) -> dict[int, list[Any]]:
     return last
 
 
+# Where in the user's program the innermost enclosing call stands: equations inside a
+# function of JAX's own (`jnp.sort`, say) know no line of the user's.
+_enclosing: contextvars.ContextVar[str] = contextvars.ContextVar("source", default="")
+
+
+def source(eqn: Any) -> str:
+    """The line of the user's program that an equation comes from."""
+    return _jaxpr.source(eqn) or _enclosing.get() or "(unknown line)"
+
+
 def _with_weight(run: Run, eqn: Any, values: list[Any]) -> list[Any]:
+    token = _enclosing.set(source(eqn))
+    try:
+        return _by_rule(run, eqn, values)
+    finally:
+        _enclosing.reset(token)
+
+
+def _by_rule(run: Run, eqn: Any, values: list[Any]) -> list[Any]:
     name = eqn.primitive.name
     rule = RULES.get(name)
     reason = f"no rule covers `{name}`"
@@ -155,7 +174,7 @@ def _refusal(eqn: Any, values: Sequence[Any], reason: str) -> str:
     return (
         f"`{name}` cannot use an adapted weight in factored form: {reason}.\n"
         f"  weight  {', '.join(paths)}, shape {shapes[0]}\n"
-        f"  at      {_jaxpr.source(eqn)}\n"
+        f"  at      {source(eqn)}\n"
         "Leave the weight out of the targets, or allow the dense matrix to be built "
         f"here:  adapt(fn, materialize=({name!r},))"
     )

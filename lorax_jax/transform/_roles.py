@@ -115,20 +115,22 @@ def trace_roles(
             found[paths[i]] = Leaf(paths[i], tuple(leaf.shape))
             values.append(_whole(found[paths[i]]))
         elif moves[i]:
-            values.append(frozenset())
+            values.append(frozenset([_INPUT]))
     jaxpr, _ = _jaxpr.trace(call)(*[x for x, move in zip(flat, moves) if move])
     walk = _Walk(found)
     for value in walk.inside(jaxpr, values):
         if not _is_weight(value):
-            for path, consumer in value:
+            for path, consumer in value - {_INPUT}:
                 found[path].heads.add(consumer)
     walk.place_stacks()
     return found
 
 
 # A value of the walk is either what a parameter has become, or a plain array: the
-# consumers that it depends on with no other weight in between.
+# consumers that it depends on with no other weight in between, and whether it depends
+# on the function's inputs at all.
 Flow = frozenset[tuple[str, Consumer]]
+_INPUT = ("", Consumer("other"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,10 +140,13 @@ class Probe:
     Attributes:
         leaf: the leaf's path.
         axes: for each axis of the value, the leaf's axes that it is made of.
+        chosen: leaf's axes of which constant indices have chosen entries: positions
+            looked up in a table, or a permutation of what a product will consume.
     """
 
     leaf: str
     axes: tuple[frozenset[int], ...]
+    chosen: frozenset[int] = frozenset()
 
     def apply(self, op: AxisOp) -> "Probe":
         """What the leaf becomes under one more operation."""
@@ -188,6 +193,8 @@ class _Walk:
         self.found = found
         # Leaves that are read layer by layer together, by what reads them.
         self.read_together: dict[Any, dict[str, int]] = {}
+        # The line of the innermost enclosing call: see `_interpreter.source`.
+        self.source = ""
 
     def jaxpr(self, jaxpr: Any, consts: Sequence[Any], values: Sequence[Any]) -> list:
         env: dict[Any, Any] = {}
@@ -211,11 +218,18 @@ class _Walk:
         return [read(atom) for atom in jaxpr.outvars]
 
     def equation(self, eqn: Any, operands: list[Any], producer: Any) -> list[Any]:
+        before, self.source = self.source, _jaxpr.source(eqn) or self.source
+        try:
+            return self._equation(eqn, operands, producer)
+        finally:
+            self.source = before
+
+    def _equation(self, eqn: Any, operands: list[Any], producer: Any) -> list[Any]:
         name = eqn.primitive.name
         if name == "dot_general":
             return [self.product(eqn, operands)]
         if name == "gather" and _is_weight(operands[0]):
-            return [self.gather(eqn, operands[0])]
+            return [self.gather(eqn, *operands)]
         if name in ("concatenate", "stop_gradient"):
             weights = [p for v in operands if _is_weight(v) for p in v]
             if name == "stop_gradient":
@@ -277,23 +291,33 @@ class _Walk:
             roles |= {w: "batch" for _, w in dims.batch}
             for probe in value:
                 reached.add(self.consume(probe, eqn, "product", roles))
-        return frozenset(reached)
+        return frozenset(reached | {_INPUT})
 
-    def gather(self, eqn: Any, probes: Probes) -> Any:
+    def gather(self, eqn: Any, probes: Probes, indices: Any) -> Any:
         shape = eqn.invars[0].aval.shape
         try:
             rows = _gather.read(eqn, shape, None)
         except Unstructured:
             return self.other(eqn, [probes])[0]
-        if len(eqn.invars[1].aval.shape) > 1:  # rows of a table: activations
+        many = len(eqn.invars[1].aval.shape) > 1
+        if many and _INPUT in indices:  # rows of a table: activations from here on
             roles: dict[int, AxisRole] = {rows.axis: "in"}
-            return frozenset(self.consume(p, eqn, "lookup", roles) for p in probes)
-        chosen = tuple(
-            dataclasses.replace(p, axes=tuple(p.axes[i] for i in rows.out_labels))
+            return frozenset(
+                {self.consume(p, eqn, "lookup", roles) for p in probes} | {_INPUT}
+            )
+        out = tuple(
+            Probe(
+                p.leaf,
+                tuple(
+                    p.axes[x] if isinstance(x, int) else p.axes[rows.axis]
+                    for x in rows.out_labels
+                ),
+                p.chosen | (p.axes[rows.axis] if many else frozenset()),
+            )
             for p in probes
         )
-        self.indexed(probes, chosen)
-        return chosen
+        self.indexed(probes, out)
+        return out
 
     def consume(
         self, probe: Probe, eqn: Any, kind: Any, roles: dict[int, AxisRole]
@@ -310,7 +334,22 @@ class _Walk:
                         f"`{found[axis]}` and `{role}`"
                     )
         axes = tuple(found.get(i, "batch") for i in range(len(leaf.shape)))
-        consumer = Consumer(kind, axes, eqn.primitive.name, _jaxpr.source(eqn), problem)
+        return self.note(probe, self.used(eqn, kind, axes, problem))
+
+    def looked_up(self, probe: Probe, eqn: Any) -> tuple[str, Consumer]:
+        """A lookup at constant positions, known as one now that no product came."""
+        roles: dict[int, AxisRole] = {
+            i: "in" for i, axes in enumerate(probe.axes) if axes & probe.chosen
+        }
+        return self.consume(probe, eqn, "lookup", roles)
+
+    def used(
+        self, eqn: Any, kind: Any, axes: Any = (), problem: str | None = None
+    ) -> Consumer:
+        return Consumer(kind, axes, eqn.primitive.name, self.source, problem)
+
+    def note(self, probe: Probe, consumer: Consumer) -> tuple[str, Consumer]:
+        leaf = self.found[probe.leaf]
         if consumer not in leaf.consumers:
             leaf.consumers.append(consumer)
         return leaf.path, consumer
@@ -320,12 +359,10 @@ class _Walk:
         for value in operands:
             if _is_weight(value):
                 for probe in value:
-                    leaf = self.found[probe.leaf]
-                    consumer = Consumer(
-                        "other", (), eqn.primitive.name, _jaxpr.source(eqn)
-                    )
-                    if consumer not in leaf.consumers:
-                        leaf.consumers.append(consumer)
+                    if probe.chosen:
+                        flow |= {self.looked_up(probe, eqn)}
+                    else:
+                        self.note(probe, self.used(eqn, "other"))
             else:
                 flow |= value
         return [flow] * len(eqn.outvars)

@@ -8,7 +8,7 @@ from jax import lax
 from ..._errors import TransformError
 from ...adapters import Adapted
 from .. import _jaxpr
-from .._interpreter import dense, interpret
+from .._interpreter import dense, interpret, source
 from .._registry import rule
 
 
@@ -132,7 +132,7 @@ def _custom(run, eqn, operands):
         f"{weights[0].shape}, enters `{_name(eqn, inner)}`, which has a derivative of "
         "its own. Inside, that derivative could not see the adapter, and without it "
         "the gradients would be others.\n"
-        f"  at      {_jaxpr.source(eqn)}\n"
+        f"  at      {source(eqn)}\n"
         "Leave the weight out of the targets, or choose:\n"
         '  adapt(fn, custom="primal")        differentiate the body, not the rule\n'
         '  adapt(fn, custom="materialize")   keep the rule, build the dense matrix'

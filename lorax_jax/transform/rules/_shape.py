@@ -2,14 +2,17 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ...structure import (
     Along,
     Broadcast,
     Cast,
     Group,
+    Place,
     Reshape,
     Scale,
     Transpose,
@@ -27,12 +30,24 @@ from .._registry import Site, structural
     "pcast",
     "pvary",
     "reduce_precision",
-    "reshard",
     "sharding_constraint",
     note="the base alone; factors follow the activations",
 )
 def _keep(site: Site):
     return [()]
+
+
+@structural("reshard", note="factors move with the axes that they run along")
+def _reshard(site: Site):
+    sharding = site.params["dst_sharding"]
+
+    def place(array, axes):
+        # Past the end of a spec, and along the rank, arrays are replicated.
+        spec = dict(enumerate(sharding.spec))
+        spec = PartitionSpec(*(spec.get(axis) for axis in axes))
+        return jax.sharding.reshard(array, NamedSharding(sharding.mesh, spec))
+
+    return [(Place(place),)]
 
 
 @structural("convert_element_type", note="between floating dtypes only")
@@ -161,8 +176,9 @@ def _scale(site: Site):
     atom = site.eqn.invars[other]
     values = site.operands[other]
     axes = _varying(site, atom)
-    if values is not None and jnp.ndim(values):
-        index = tuple(slice(None) if i in axes else 0 for i in range(jnp.ndim(values)))
+    if values is not None:
+        values = jnp.asarray(values)
+        index = tuple(slice(None) if i in axes else 0 for i in range(values.ndim))
         values = values[index]
     return [(Scale(_spread(map), values, axes),)]
 

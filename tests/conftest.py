@@ -1,0 +1,37 @@
+"""Strict by default: what is loose elsewhere is an error here."""
+
+import os
+
+# Before JAX is imported: eight devices on one processor, for shardings.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_legacy_prng_key", "error")
+
+
+@pytest.fixture
+def key():
+    return jax.random.key(0)
+
+
+@pytest.fixture
+def relaxed():
+    """For models of other people, which promote types and ranks as JAX allows."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def doctest_names(request):
+    """Names that every docstring example may use without importing them."""
+    names = request.getfixturevalue("doctest_namespace")
+    names["jax"], names["jnp"] = jax, jnp

@@ -1,0 +1,102 @@
+"""Every form that a frozen base can take. All take the same exam."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lorax_jax.quant import Base
+from lorax_jax.structure import Broadcast, Factor, Scale, Unstructured
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ToyInt8(Base):
+    """Codes with one scale for the whole weight: the least that a base can be."""
+
+    codes: Factor
+    scale: Factor
+    as_dtype: Any = dataclasses.field(default="float32", metadata={"static": True})
+
+    @classmethod
+    def quantize(cls, weight):
+        scale = jnp.abs(weight).max() / 127.0
+        codes = jnp.round(weight / scale).astype(jnp.int8)
+        return cls(Factor(codes, tuple(range(weight.ndim))), Factor(scale, ()))
+
+    @property
+    def shape(self):
+        ordered = sorted(zip(self.codes.axes, self.codes.array.shape, strict=True))
+        return tuple(size for _, size in ordered)
+
+    @property
+    def dtype(self):
+        return jnp.dtype(self.as_dtype)
+
+    def dense(self):
+        axes = tuple(range(len(self.codes.axes)))
+        codes = self.codes.aligned(axes).astype(jnp.float32)
+        return (codes * self.scale.array).astype(self.dtype)
+
+    def dot(self, x, dims):
+        w = self.dense()
+        contract = tuple(zip(*dims.contract, strict=True)) or ((), ())
+        batch = tuple(zip(*dims.batch, strict=True)) or ((), ())
+        left, right, sides = x, w, (contract, batch)
+        if dims.weight_first:
+            left, right = w, x
+            sides = tuple(pair[::-1] for pair in sides)
+        return lax.dot_general(
+            left,
+            right,
+            sides,
+            precision=dims.precision,
+            preferred_element_type=dims.output_dtype,
+        )
+
+    def take(self, rows):
+        w = self.dense()
+        found = rows.rows(w, rows.axis)
+        labels = rows.row_labels(tuple(range(w.ndim)))
+        return jnp.transpose(found, [labels.index(x) for x in rows.out_labels])
+
+    def cast(self, dtype):
+        return dataclasses.replace(self, as_dtype=jnp.dtype(dtype).name)
+
+    def apply(self, op):
+        if isinstance(op, Broadcast):
+            raise Unstructured("the codes hold every axis, so none can be new")
+        return super().apply(op)
+
+    def rescale(self, op: Scale):
+        if op.axes:
+            return super().rescale(op)
+        scale = Factor(op.map(self.scale.array, op.values), ())
+        return dataclasses.replace(self, scale=scale)
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """A form of base: how to make one, and the dense weight that it stands for."""
+
+    name: str
+    make: Callable
+    dense: Callable
+    # Layouts that the form refuses, with a reason: none is left out in silence.
+    refuses: tuple[str, ...] = ()
+
+
+FORMS = [
+    Form("dense", lambda w: w, lambda w: w),
+    Form(
+        "toy_int8",
+        ToyInt8.quantize,
+        lambda w: w.dense(),
+        # A packed base cannot be concatenated; this one cannot be scaled by a vector,
+        # nor be constant along an axis.
+        refuses=("concatenated", "scaled", "broadcast"),
+    ),
+]

@@ -1,0 +1,1 @@
+"""The exam's own modules are found by their short names."""

@@ -1,0 +1,129 @@
+"""Builders and comparisons that tests share."""
+
+import collections
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from reference import dense
+
+from lorax_jax import Adapter
+from lorax_jax.adapters import Adapted, Fixed, Role
+
+
+def draw(key, shape, dtype=jnp.float32):
+    """A weight with entries of size `1 / sqrt(first axis)`."""
+    values = jax.random.normal(key, shape, jnp.float32) / np.sqrt(max(shape[0], 1))
+    return values.astype(dtype)
+
+
+def random_adapter(key, params, roles, *, rank=3, scale=0.5, dtype=jnp.float32):
+    """An adapter with both factors random, for leaves given as path -> `Role`.
+
+    `params` is a flat dictionary.
+    """
+    train, fixed = {}, {}
+    for i, role in enumerate(roles):
+        shape = params[role.path].shape
+        key_a, key_b = jax.random.split(jax.random.fold_in(key, i))
+        batch = role.sizes(shape, role.batch)
+        a = draw(key_a, (*batch, *role.sizes(shape, role.inputs), rank), dtype)
+        b = draw(key_b, (*batch, rank, *role.sizes(shape, role.outputs)), dtype)
+        train[role.name] = {"a": a, "b": b}
+        layers = role.sizes(shape, role.stacked)
+        fixed[role.name] = Fixed(
+            role,
+            {
+                "scale": jnp.full(layers, scale, jnp.float32),
+                "rank": jnp.full(layers, rank, jnp.int32),
+            },
+        )
+    return Adapter(train, fixed)
+
+
+def dense_params(params, adapters):
+    """A flat dictionary of parameters with the adapters added, in float32."""
+    out = dict(params)
+    for adapter in adapters:
+        for name, fixed in adapter.fixed.items():
+            role: Role = fixed.role
+            train = adapter.train[name]
+            built = dense(
+                out[role.path],
+                train["a"],
+                train["b"],
+                fixed["scale"],
+                role.inputs,
+                role.outputs,
+                role.batch,
+            )
+            out[role.path] = jnp.asarray(built, jnp.float32)
+    return out
+
+
+def tolerance(dtype, length, factor=1.0):
+    """Relative error to expect of a sum of `length` products in `dtype`.
+
+    Rounding errors of independent terms add like a random walk: epsilon times the
+    square root of the length. Eight times that is what no run should exceed; `factor`
+    is for what multiplies errors further, such as a gradient through several layers.
+    """
+    return 8 * float(jnp.finfo(dtype).eps) * np.sqrt(length) * factor
+
+
+def assert_close(actual, expected, *, dtype=jnp.float32, length=32, factor=1.0):
+    """Compares trees leaf by leaf, relative to each leaf's largest entry."""
+    bound = tolerance(dtype, length, factor)
+
+    def compare(x, y):
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        assert x.shape == y.shape, (x.shape, y.shape)
+        scale = max(np.abs(y).max(initial=0.0), 1e-6)
+        error = np.abs(x - y).max(initial=0.0) / scale
+        assert error <= bound, f"relative error {error:.2e} exceeds {bound:.2e}"
+
+    jax.tree.map(compare, actual, expected)
+
+
+def primitives(jaxpr):
+    """How often each primitive occurs, inner jaxprs included."""
+    return collections.Counter(eqn.primitive.name for eqn in equations(jaxpr))
+
+
+def equations(jaxpr):
+    """All equations of a jaxpr and of the jaxprs inside it."""
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for value in jax.tree.leaves(
+            list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        ):
+            if hasattr(value, "eqns") or hasattr(value, "jaxpr"):
+                yield from equations(value)
+
+
+def made_shapes(jaxpr):
+    """Shapes of everything that matrix products, additions and multiplications make."""
+    arithmetic = ("dot_general", "add", "add_any", "mul", "sub")
+    return collections.Counter(
+        var.aval.shape
+        for eqn in equations(jaxpr)
+        if eqn.primitive.name in arithmetic
+        for var in eqn.outvars
+    )
+
+
+def is_adapted(x):
+    return isinstance(x, Adapted)
+
+
+class Counter:
+    """Wraps a function and counts how often it is traced or called."""
+
+    def __init__(self, fn):
+        self.fn = fn
+        self.calls = 0
+
+    def __call__(self, *args, **kwargs):
+        self.calls += 1
+        return self.fn(*args, **kwargs)
