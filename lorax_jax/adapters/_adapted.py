@@ -4,10 +4,18 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from ..quant import Base
-from ..structure import AxisOp, Cast, Dot, Factor, Take, Unstructured, is_factor
+from ..structure import (
+    AxisOp,
+    Cast,
+    Dot,
+    Factor,
+    Take,
+    Unstructured,
+    is_factor,
+    wide,
+)
 from ._base import Term, Use
 
 
@@ -134,7 +142,7 @@ class Adapted:
                 "the adapter acts in one use of a tied weight only, so no single "
                 "matrix does what it does"
             )
-        weight = base.astype(jnp.promote_types(base.dtype, jnp.float32))
+        weight = base.astype(wide(base.dtype))
         for term in self.terms:
             weight = term.dense(weight)
         return weight.astype(base.dtype)

@@ -18,6 +18,7 @@ from ..structure import (
     arrange,
     cost,
     product,
+    wide,
 )
 from ._base import Term, Use
 
@@ -38,8 +39,7 @@ class LowRank(Term):
         scale: the multiplier $s$, along no axis or along some batch axes.
         key: PRNG keys for dropout, along no axis or some batch axes; `None` is off.
         dropout: the probability of dropping an entry of `x` before A.
-        lookup: which factor (`"a"` or `"b"`) is looked up where the weight is an
-            embedding table, else `None`.
+        lookup: whether the weight is an embedding table, looked up along A's axis.
         use: the only use of a tied weight that the term takes part in, or `None`.
 
     References:
@@ -52,7 +52,7 @@ class LowRank(Term):
     scale: Factor
     key: Factor | None = None
     dropout: Factor | None = None
-    lookup: str | None = dataclasses.field(default=None, metadata={"static": True})
+    lookup: bool = dataclasses.field(default=False, metadata={"static": True})
     use: Use | None = dataclasses.field(default=None, metadata={"static": True})
 
     def dot(self, y: jax.Array, x: jax.Array, dims: Dot) -> jax.Array:
@@ -91,30 +91,20 @@ class LowRank(Term):
 
     def take(self, y: jax.Array, rows: Take) -> jax.Array:
         # PEFT's embeddings ignore dropout, and so do these.
-        first, second, scaled = self.a, self.b, self._scaled_b(y.dtype)
-        if self.lookup == "b":
-            first, second = self.b, self.a
         with jax.named_scope("lora_down"):
-            t = rows.rows(first.array, first.axes.index(rows.axis))
-            t_labels = rows.row_labels(first.axes)
-            if self.lookup == "b":
-                # The scale follows B where it is the looked-up factor: scaling the
-                # rows is cheaper than scaling the table.
-                scale = self.scale.aligned(t_labels)
-                t = (t.astype(jnp.float32) * scale).astype(y.dtype)
-                other = second.array.astype(y.dtype)
-            else:
-                t, other = t.astype(y.dtype), scaled
+            t = rows.rows(self.a.array, self.a.axes.index(rows.axis)).astype(y.dtype)
+            t_labels = rows.row_labels(self.a.axes)
         with jax.named_scope("lora_up"):
+            b = self._scaled_b(y.dtype)
             t, t_labels = product(
-                t, t_labels, other, second.axes, keep=set(rows.out_labels)
+                t, t_labels, b, self.b.axes, keep=set(rows.out_labels)
             )
             return y + arrange(t, t_labels, rows.out_labels, y.shape).astype(y.dtype)
 
     def dense(self, weight: jax.Array) -> jax.Array:
         # HIGHEST: the default float32 product is TF32 or bfloat16 on accelerators.
         axes = tuple(range(weight.ndim))
-        work = jnp.promote_types(weight.dtype, jnp.float32)
+        work = wide(weight.dtype)
         b = self.b.array.astype(work) * self.scale.aligned(self.b.axes).astype(work)
         delta, labels = product(
             self.a.array.astype(work),
@@ -127,10 +117,11 @@ class LowRank(Term):
         return weight + arrange(delta, labels, axes, weight.shape)
 
     def looks_up(self, axis: int) -> bool:
-        if self.lookup is None:
-            return False
-        looked, other = (self.a, self.b) if self.lookup == "a" else (self.b, self.a)
-        return looked.holds(axis) and not other.holds(axis)
+        if self.lookup:
+            return self.a.holds(axis) and not self.b.holds(axis)
+        # The head of a tied table: what is looked up are its outputs.
+        head = self.use == "head"
+        return head and self.b.holds(axis) and not self.a.holds(axis)
 
     def rescale(self, op: Scale) -> "LowRank":
         for name in ("b", "a"):
@@ -145,7 +136,7 @@ class LowRank(Term):
 
     def _scaled_b(self, dtype) -> jax.Array:
         b, scale = self.b.array, self.scale.aligned(self.b.axes)
-        work = jnp.promote_types(b.dtype, jnp.float32)
+        work = wide(b.dtype)
         return (b.astype(work) * scale.astype(work)).astype(dtype)
 
     def _dropped(self, x: jax.Array) -> jax.Array:

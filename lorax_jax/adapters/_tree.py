@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +30,7 @@ class Role:
         outputs: axes that a product makes; B runs along them.
         batch: axes with factors of their own for each index, stacks first.
         stack: how many of the batch axes are stacks of layers.
-        lookup: which factor is looked up (`"a"` or `"b"`) where the weight is an
-            embedding table, else `None`.
+        lookup: whether the weight is an embedding table, looked up along `inputs`.
         use: the only use of a tied weight that is adapted, or `None`.
     """
 
@@ -40,7 +39,7 @@ class Role:
     outputs: tuple[int, ...]
     batch: tuple[int, ...] = ()
     stack: int = 0
-    lookup: Literal["a", "b"] | None = None
+    lookup: bool = False
     use: Use | None = None
 
     @property

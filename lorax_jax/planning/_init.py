@@ -98,7 +98,7 @@ def _draw(slot: Slot, key: PRNGKeyArray, dtype: Any) -> dict[str, jax.Array]:
 
 
 def _initializer(slot: Slot, method: Any) -> Callable[..., initializers.Start]:
-    if slot.role.lookup is None:
+    if not slot.role.lookup:
         return initializers.get(method)
 
     def table(weight, **kwargs):

@@ -227,7 +227,7 @@ def find_role(leaf: Leaf, tie: str | None) -> Role:
         PlanError: if nothing multiplies by the leaf, if its uses disagree, or if it is
             tied and `tie` does not say which use is meant.
     """
-    products = [c for c in leaf.of_kind("product") if "in" in c.axes]
+    products = [c for c in leaf.of_kind("product") if "in" in c.axes or c.problem]
     lookups = leaf.of_kind("lookup")
     if not products and not lookups:
         raise PlanError(_dead(leaf))
@@ -250,9 +250,9 @@ def find_role(leaf: Leaf, tie: str | None) -> Role:
         if tie == "head":
             return _role(leaf, products[0], use="head")
         lookup = "lookup" if tie == "lookup" else None
-        return _role(leaf, lookups[0], use=lookup, table="a")
+        return _role(leaf, lookups[0], use=lookup, table=True)
     if lookups:
-        return _role(leaf, lookups[0], table="a")
+        return _role(leaf, lookups[0], table=True)
     if len(kinds) > 1 and tie != "shared":
         lines = [f"in {_where(c, 'in')} at {c.source}" for c in kinds.values()]
         raise PlanError(
@@ -271,7 +271,7 @@ def find_role(leaf: Leaf, tie: str | None) -> Role:
 
 
 def _role(
-    leaf: Leaf, consumer: Consumer, use: Use | None = None, table: Any = None
+    leaf: Leaf, consumer: Consumer, use: Use | None = None, table: bool = False
 ) -> Role:
     batch = _where(consumer, "batch")
     stacks = tuple(axis for axis in batch if axis in leaf.stacks)

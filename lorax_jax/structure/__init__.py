@@ -21,3 +21,4 @@ from ._products import Take as Take
 from ._products import arrange as arrange
 from ._products import cost as cost
 from ._products import product as product
+from ._products import wide as wide

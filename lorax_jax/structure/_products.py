@@ -106,6 +106,11 @@ class Take:
         return ids + tuple(label for label in labels if label != self.axis)
 
 
+def wide(dtype: Any) -> Any:
+    """The dtype that sums and scales are taken in: float32, or float64 for float64."""
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
+
+
 def product(
     x: jax.Array,
     x_labels: Sequence[OperandLabel],

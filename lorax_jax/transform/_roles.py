@@ -119,9 +119,8 @@ def trace_roles(
     jaxpr, _ = _jaxpr.trace(call)(*[x for x, move in zip(flat, moves) if move])
     walk = _Walk(found)
     for value in walk.inside(jaxpr, values):
-        if not _is_weight(value):
-            for path, consumer in value - {_INPUT}:
-                found[path].heads.add(consumer)
+        for path, consumer in walk.result(value) - {_INPUT}:
+            found[path].heads.add(consumer)
     walk.place_stacks()
     return found
 
@@ -290,7 +289,7 @@ class _Walk:
             roles: dict[int, AxisRole] = {w: "in" for _, w in dims.contract}
             roles |= {w: "batch" for _, w in dims.batch}
             for probe in value:
-                reached.add(self.consume(probe, eqn, "product", roles))
+                reached.add(self.consume(probe, "dot_general", "product", roles))
         return frozenset(reached | {_INPUT})
 
     def gather(self, eqn: Any, probes: Probes, indices: Any) -> Any:
@@ -303,7 +302,7 @@ class _Walk:
         if many and _INPUT in indices:  # rows of a table: activations from here on
             roles: dict[int, AxisRole] = {rows.axis: "in"}
             return frozenset(
-                {self.consume(p, eqn, "lookup", roles) for p in probes} | {_INPUT}
+                {self.consume(p, "gather", "lookup", roles) for p in probes} | {_INPUT}
             )
         out = tuple(
             Probe(
@@ -320,7 +319,7 @@ class _Walk:
         return out
 
     def consume(
-        self, probe: Probe, eqn: Any, kind: Any, roles: dict[int, AxisRole]
+        self, probe: Probe, primitive: str, kind: Any, roles: dict[int, AxisRole]
     ) -> tuple[str, Consumer]:
         leaf = self.found[probe.leaf]
         found: dict[int, AxisRole] = {}
@@ -334,19 +333,26 @@ class _Walk:
                         f"`{found[axis]}` and `{role}`"
                     )
         axes = tuple(found.get(i, "batch") for i in range(len(leaf.shape)))
-        return self.note(probe, self.used(eqn, kind, axes, problem))
+        return self.note(probe, self.used(primitive, kind, axes, problem))
 
-    def looked_up(self, probe: Probe, eqn: Any) -> tuple[str, Consumer]:
+    def looked_up(self, probe: Probe, primitive: str) -> tuple[str, Consumer]:
         """A lookup at constant positions, known as one now that no product came."""
         roles: dict[int, AxisRole] = {
             i: "in" for i, axes in enumerate(probe.axes) if axes & probe.chosen
         }
-        return self.consume(probe, eqn, "lookup", roles)
+        return self.consume(probe, primitive, "lookup", roles)
+
+    def result(self, value: Any) -> Flow:
+        """What one result of the function depends on."""
+        if not _is_weight(value):
+            return value
+        chosen = [probe for probe in value if probe.chosen]
+        return frozenset(self.looked_up(probe, "gather") for probe in chosen)
 
     def used(
-        self, eqn: Any, kind: Any, axes: Any = (), problem: str | None = None
+        self, primitive: str, kind: Any, axes: Any = (), problem: str | None = None
     ) -> Consumer:
-        return Consumer(kind, axes, eqn.primitive.name, self.source, problem)
+        return Consumer(kind, axes, primitive, self.source, problem)
 
     def note(self, probe: Probe, consumer: Consumer) -> tuple[str, Consumer]:
         leaf = self.found[probe.leaf]
@@ -355,14 +361,15 @@ class _Walk:
         return leaf.path, consumer
 
     def other(self, eqn: Any, operands: list[Any]) -> list[Any]:
+        name = eqn.primitive.name
         flow: Flow = frozenset()
         for value in operands:
             if _is_weight(value):
                 for probe in value:
                     if probe.chosen:
-                        flow |= {self.looked_up(probe, eqn)}
+                        flow |= {self.looked_up(probe, name)}
                     else:
-                        self.note(probe, self.used(eqn, "other"))
+                        self.note(probe, self.used(name, "other"))
             else:
                 flow |= value
         return [flow] * len(eqn.outvars)

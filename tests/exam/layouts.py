@@ -223,7 +223,7 @@ LAYOUTS = [
         lambda w, x: jnp.take(w, x, axis=0),
         (ROWS, D),
         (BATCH, SEQ),
-        _role((0,), (1,), lookup="a"),
+        _role((0,), (1,), lookup=True),
         ids=True,
     ),
     Layout(
@@ -231,7 +231,7 @@ LAYOUTS = [
         lambda w, x: jnp.take(w, x, axis=1),
         (D, ROWS),
         (BATCH, SEQ),
-        _role((1,), (0,), lookup="a"),
+        _role((1,), (0,), lookup=True),
         ids=True,
     ),
     Layout(
@@ -239,7 +239,7 @@ LAYOUTS = [
         lambda w, x: w[x] * 2.0,
         (ROWS, D),
         (BATCH, SEQ),
-        _role((0,), (1,), lookup="a"),
+        _role((0,), (1,), lookup=True),
         ids=True,
     ),
     Layout(
@@ -247,7 +247,7 @@ LAYOUTS = [
         _tied,
         (ROWS, D),
         (BATCH, SEQ),
-        _role((0,), (1,), lookup="a"),
+        _role((0,), (1,), lookup=True),
         ids=True,
         depth=2,
     ),
