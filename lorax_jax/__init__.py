@@ -10,3 +10,12 @@ from .adapters import bind as bind
 from .transform import adapt as adapt
 from .merging import merge as merge
 from ._count import count as count
+from ._functional import functional as functional
+from .checkpoint import save_adapter as save_adapter
+from .checkpoint import load_adapter as load_adapter
+from .checkpoint import export_merged as export_merged
+from . import embedded as embedded
+from . import initializers as initializers
+from . import models as models
+from . import quant as quant
+from . import _load_adapted as _load_adapted
