@@ -2,13 +2,18 @@
 
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import jax.numpy as jnp
 
+from . import _peft
 from ._errors import ConfigError, closest
+from ._json import read_json
+from ._names import NameMap
 
 Tie = Literal["shared", "lookup", "head"]
 
@@ -133,6 +138,58 @@ class LoraConfig:
         object.__setattr__(self, "targets", _rules(self.targets))
         object.__setattr__(self, "exclude", _patterns(self.exclude))
         object.__setattr__(self, "layers", _indices(self.layers))
+
+    @classmethod
+    def from_peft(
+        cls, config: Mapping[str, Any] | str | os.PathLike, names: Any
+    ) -> "LoraConfig":
+        """The configuration that adapts what PEFT's would adapt, at the same ranks.
+
+        `rank_pattern` and `alpha_pattern` become overrides of the rules they concern,
+        so a target and its rank cannot miss separately.
+
+        Args:
+            config: the fields of an `adapter_config.json`, or the folder that holds it.
+            names: the model's name table, a `NameMap` or its entries.
+
+        Raises:
+            CheckpointError: if it asks for more than LoRA, naming each such field.
+            ConfigError: if a target or pattern takes no module of `names`.
+
+        Example:
+            >>> names = [("h/{i}/q/kernel", "h.{i}.q.weight", "linear"),
+            ...          ("h/{i}/k/kernel", "h.{i}.k.weight", "linear")]
+            >>> fields = {"peft_type": "LORA", "r": 4, "lora_alpha": 8,
+            ...           "target_modules": ["q", "k"], "rank_pattern": {"h.0.k": 2}}
+            >>> for rule in LoraConfig.from_peft(fields, names).rules:
+            ...     print(rule.pattern, rule.rank)
+            h/\\d+/q/kernel None
+            h/0/k/kernel 2
+            h/\\d+/k/kernel None
+        """
+        if not isinstance(config, Mapping):
+            config = read_json(Path(config) / "adapter_config.json")
+        return cls(**_peft.from_peft(config, NameMap.of(names)))
+
+    def to_peft(self, names: Any) -> dict[str, Any]:
+        """PEFT's fields for this configuration, as `adapter_config.json` holds them.
+
+        `dtype` has no field there: PEFT trains in float32 unless told otherwise.
+
+        Args:
+            names: the model's name table, a `NameMap` or its entries.
+
+        Raises:
+            ConfigError: if PEFT has no way to say it, as for a dropout of one rule.
+
+        Example:
+            >>> names = [("h/{i}/q/kernel", "h.{i}.q.weight", "linear"),
+            ...          ("h/{i}/k/kernel", "h.{i}.k.weight", "linear")]
+            >>> fields = LoraConfig(r"h/\\d+/q/kernel", rank=4).to_peft(names)
+            >>> fields["target_modules"], fields["r"], fields["lora_alpha"]
+            (['q'], 4, 4)
+        """
+        return _peft.to_peft(self, NameMap.of(names))
 
     @property
     def rules(self) -> tuple[Rule, ...] | None:

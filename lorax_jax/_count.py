@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from .adapters import Adapter, Fixed
 
@@ -61,7 +62,7 @@ def _values(train: dict[str, Any], fixed: Fixed) -> int:
     padded = train["a"].shape[-1]
     per_rank = sum(math.prod(train[name].shape) for name in ("a", "b")) // padded
     rank = fixed["rank"]
-    if isinstance(rank, jax.ShapeDtypeStruct | jax.core.Tracer):
+    if isinstance(rank, jax.ShapeDtypeStruct | Tracer):
         return per_rank * padded
     layers = max(1, math.prod(rank.shape))
     return per_rank // layers * int(np.asarray(rank).sum())

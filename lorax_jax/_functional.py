@@ -44,5 +44,6 @@ def functional(module: nnx.Module) -> tuple[Callable[..., Any], Any, Any]:
         out = running(*args, **kwargs)
         return out, nnx.to_pure_dict(nnx.split(running, nnx.Param, ...)[2])
 
-    params, state = map(nnx.to_pure_dict, boxed)
+    states: list[Any] = boxed
+    params, state = map(nnx.to_pure_dict, states)
     return fn, params, state

@@ -62,7 +62,8 @@ class Adapted:
 
     @classmethod
     def tree_unflatten(cls, origin, children):
-        return cls(*children, origin)
+        base, terms = children
+        return cls(base, terms, origin)
 
     def __repr__(self):
         names = ", ".join(type(term).__name__ for term in self.terms)
@@ -116,16 +117,16 @@ class Adapted:
             terms = tuple(term.apply(op) for term in terms)
         return Adapted(base, terms, self.origin)
 
-    def dot(self, y: jax.Array | None, x: jax.Array, dims: Dot) -> jax.Array:
-        """`x . W` for the adapted weight; `y` is the dense base's product."""
+    def dot(self, y: Any, x: jax.Array, dims: Dot) -> jax.Array:
+        """`x . W` for the adapted weight; `y` is a dense base's product."""
         if isinstance(self.base, Base):
             y = self.base.dot(x, dims)
         for term in self.acting("head"):
             y = term.dot(y, x, dims)
         return y
 
-    def take(self, y: jax.Array | None, rows: Take) -> jax.Array:
-        """Rows of the adapted weight; `y` holds the dense base's rows."""
+    def take(self, y: Any, rows: Take) -> jax.Array:
+        """Rows of the adapted weight; `y` holds a dense base's rows."""
         if isinstance(self.base, Base):
             y = self.base.take(rows)
         for term in self.acting("lookup"):

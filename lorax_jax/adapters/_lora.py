@@ -1,6 +1,7 @@
 """LoRA: the low-rank term `W + s A B`."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -157,9 +158,10 @@ def _shards(x: jax.Array, x_labels: tuple[OperandLabel, ...], dims: Dot):
     and then both thin products need one too: each kept axis stays where `x` or the
     dense product has it, and the rank axis is replicated.
     """
-    declared = dims.out_sharding
-    mesh = declared.mesh if isinstance(declared, NamedSharding) else None
-    spec = declared.spec if mesh is not None else declared
+    declared: Any = dims.out_sharding
+    mesh, spec = None, declared
+    if isinstance(declared, NamedSharding):
+        mesh, spec = declared.mesh, declared.spec
     where = dict(zip(x_labels, jax.typeof(x).sharding.spec, strict=True))
     where |= dict(zip(dims.out_labels, spec, strict=False))
     where[RANK] = None

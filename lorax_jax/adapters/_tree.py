@@ -224,7 +224,7 @@ def stable_hash(text: str) -> int:
 
 def _like(base: Any, factor: Factor) -> Factor:
     """Lays a factor out over an explicit mesh as the base's axes are laid out."""
-    sharding = getattr(getattr(base, "aval", None), "sharding", None)
+    sharding: Any = getattr(getattr(base, "aval", None), "sharding", None)
     mesh = getattr(sharding, "mesh", None)
     if mesh is None or mesh.empty or not mesh.explicit_axes:
         return factor

@@ -22,9 +22,9 @@ class Start(NamedTuple):
 class Initializer(Protocol):
     """`(weight, *, rank, scale, key) -> Start`, for a kernel used as `x @ weight`.
 
-    The function is traced, and mapped with `vmap` over the layers of a stack. A method
-    that does not read the weight's values gets its type in place of the array, so that
-    a large or sharded base is not touched; `reads_weight` says which.
+    The function is traced, and mapped with `vmap` over the layers of a stack. It gets
+    the weight's type in place of the array: none of the methods here reads its values,
+    so a large or sharded base is not touched.
     """
 
     def __call__(
@@ -33,7 +33,7 @@ class Initializer(Protocol):
         *,
         rank: int,
         scale: float,
-        key: PRNGKeyArray | None = None,
+        key: PRNGKeyArray,
     ) -> Start: ...
 
 

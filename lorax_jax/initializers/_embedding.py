@@ -12,7 +12,7 @@ def embedding(
     *,
     rank: int,
     scale: float,
-    key: PRNGKeyArray | None = None,
+    key: PRNGKeyArray,
     zero: bool = True,
 ) -> Start:
     r"""Starts the rows at zero and draws the directions that they will move in.

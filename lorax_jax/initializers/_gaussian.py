@@ -13,7 +13,7 @@ def gaussian(
     *,
     rank: int,
     scale: float,
-    key: PRNGKeyArray | None = None,
+    key: PRNGKeyArray,
 ) -> Start:
     r"""Draws A from a normal distribution and starts B at zero.
 

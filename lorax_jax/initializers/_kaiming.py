@@ -15,7 +15,7 @@ def kaiming(
     *,
     rank: int,
     scale: float,
-    key: PRNGKeyArray | None = None,
+    key: PRNGKeyArray,
 ) -> Start:
     r"""Draws A uniformly and starts B at zero, so the adapter starts at zero.
 

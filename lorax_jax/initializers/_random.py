@@ -15,7 +15,7 @@ def random(
     *,
     rank: int,
     scale: float,
-    key: PRNGKeyArray | None = None,
+    key: PRNGKeyArray,
 ) -> Start:
     r"""Draws both factors: for tests, and to see at once that an adapter acts.
 

@@ -193,7 +193,8 @@ def _declare(found: dict[str, Leaf], roles: Mapping[str, Any]) -> None:
                 "`inputs`, `outputs` and `batch`, e.g. "
                 "{'inputs': (0,), 'outputs': (1,)}."
             )
-        named = dict.fromkeys(inputs, "in") | dict.fromkeys(outputs, "out")
+        named: dict[int, Any] = dict.fromkeys(inputs, "in")
+        named |= dict.fromkeys(outputs, "out")
         kind = "lookup" if declared.get("lookup") else "product"
         whole = tuple(named.get(i, "batch") for i in range(len(leaf.shape)))
         leaf.consumers = [Consumer(kind, whole, source="declared in `roles`")]

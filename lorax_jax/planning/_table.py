@@ -19,7 +19,7 @@ def table(plan: "Plan") -> str:
     for site in plan:
         key = (_pattern(site.path), site.use, site.shape, site.rank, site.alpha)
         groups.setdefault((*key, site.scale, _axes(site)), []).append(site)
-    rows = [HEAD]
+    rows: list[tuple[str, ...]] = [HEAD]
     for sites in groups.values():
         site = sites[0]
         use = f" ({site.use})" if site.use else ""

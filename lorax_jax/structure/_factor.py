@@ -106,7 +106,7 @@ class Factor:
         missing = tuple(i for i, x in enumerate(axes) if x not in self.axes)
         return jnp.expand_dims(array, missing) if missing else array
 
-    def _relabel(self, names: dict[int, int]) -> "Factor":
+    def _relabel(self, names: dict[Any, int]) -> "Factor":
         return Factor(self.array, tuple(names.get(x, x) for x in self.axes))
 
     def _broadcast(self, positions, shape) -> "Factor":

@@ -8,7 +8,8 @@ from typing import Any
 
 import jax
 from jax._src import source_info_util
-from jax._src.sharding_impls import UNSPECIFIED
+from jax._src.named_sharding import UNSPECIFIED
+from jax.core import Tracer
 from jax.extend import core
 
 # A jaxpr with its constants. From JAX 0.11 `ClosedJaxpr` and `Jaxpr` are one class.
@@ -43,7 +44,7 @@ def trace(fn: Callable[..., Any]) -> Callable[..., tuple[Closed, Any]]:
 
 def is_tracer(x: Any) -> bool:
     """Whether `x` is a value of a running trace, which no cache may hold."""
-    return isinstance(x, jax.core.Tracer)
+    return isinstance(x, Tracer)
 
 
 def is_literal(atom: Any) -> bool:
@@ -129,7 +130,7 @@ def scan_params(eqn: Any, consts: int, carry: int, xs: int) -> dict[str, Any]:
     """The parameters by which a scan with other operands differs from `eqn`."""
     if "ft_in" not in eqn.params:
         return {"num_consts": consts, "num_carry": carry}
-    from jax._src import flattree
+    from jax._src import flattree  # pyright: ignore  (not before JAX 0.11)
 
     ys = len(eqn.outvars) - scan_counts(eqn)[1]
     ft_in = flattree.pack(tuple(map(flattree.nones, (consts, carry, xs))))

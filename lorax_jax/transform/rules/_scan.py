@@ -37,9 +37,9 @@ class _Stacked:
     def join(self, fixed: list[Any]) -> Adapted:
         """The weight of one step, from its slices and from what does not move."""
         skeleton = self.skeleton
-        fixed, moving = iter(fixed), iter(self.arrays)
+        still, moving = iter(fixed), iter(self.arrays)
         parts: list[Any] = [
-            Factor(next(moving if moves else fixed), axes)
+            Factor(next(moving if moves else still), axes)
             for moves, axes in zip(skeleton.moves, skeleton.axes, strict=True)
         ]
         if skeleton.dense:

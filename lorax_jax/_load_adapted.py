@@ -1,0 +1,94 @@
+"""`lorax_jax.models.load_adapted`: a base model and its adapter in one call.
+
+It stands above both rooms that it joins: `models` knows nothing of adapters, and
+`checkpoint` nothing of models. Importing this file, as the front door does, hangs it
+into `lorax_jax.models`, where people look for it.
+"""
+
+import os
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from . import models
+from ._errors import CheckpointError
+from ._json import read_json
+from .adapters import Adapter
+from .checkpoint import Receipt, load_adapter
+
+
+class LoadedAdapter(NamedTuple):
+    """What `load_adapted` returns.
+
+    Attributes:
+        model: the base model.
+        params: its parameters, untouched.
+        adapter: the adapter, for `bind(params, adapter)`.
+        receipt: what was loaded, and its plan.
+    """
+
+    model: models.Model
+    params: Any
+    adapter: Adapter
+    receipt: Receipt
+
+
+def load_adapted(
+    adapter_dir: str | os.PathLike,
+    *,
+    base: str | os.PathLike | None = None,
+    dtype: Any = None,
+    scan_layers: bool = False,
+) -> LoadedAdapter:
+    """Loads an adapter and the model that it is for.
+
+    The model is found through `base_model_name_or_path` in `adapter_config.json`: a
+    folder, looked for from the adapter's folder and then from the working directory,
+    or a hub id. No other path in the adapter's files is followed.
+
+    Args:
+        adapter_dir: the adapter's folder.
+        base: the model's folder or hub id, instead of what the configuration says.
+        dtype: of the model's parameters and activations, as for `models.load`.
+        scan_layers: as for `models.load`.
+
+    Returns:
+        `(model, params, adapter, receipt)`.
+
+    Raises:
+        CheckpointError: if the base is not named or not found, or if the adapter does
+            not fit it.
+
+    Example:
+        >>> import lorax_jax as lj
+        >>> model, params, adapter, _ = lj.models.load_adapted("my-adapter")
+        ... # doctest: +SKIP
+        >>> logits = lj.adapt(model.apply)(lj.bind(params, adapter), ids)
+        ... # doctest: +SKIP
+    """
+    where = _base(Path(adapter_dir)) if base is None else base
+    model, params = models.load(where, dtype=dtype, scan_layers=scan_layers)
+    adapter, receipt = load_adapter(adapter_dir, params, names=model.names)
+    return LoadedAdapter(model, params, adapter, receipt)
+
+
+def _base(folder: Path) -> str | Path:
+    config = folder / "adapter_config.json"
+    named = read_json(config).get("base_model_name_or_path")
+    if not isinstance(named, str) or not named:
+        raise CheckpointError(
+            f"{config} does not say which model the adapter is for. Give it: "
+            "`load_adapted(adapter_dir, base=...)`, a folder or a hub id."
+        )
+    for place in (folder / named, Path(named)):
+        if place.is_dir():
+            return place
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", named):
+        return named
+    raise CheckpointError(
+        f"{config} names the model {named!r:.120}, which is no folder here and no hub "
+        "id. Give it: `load_adapted(adapter_dir, base=...)`."
+    )
+
+
+setattr(models, "load_adapted", load_adapted)  # noqa: B010

@@ -1,0 +1,297 @@
+"""`NameMap`: the paths of a parameter tree beside the names that a checkpoint uses."""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal, NamedTuple
+
+from ._errors import ConfigError, closest
+
+Layout = Literal["linear", "same"]
+Entry = tuple[str, str, Layout]
+
+_PLACEHOLDER = re.compile(r"\{([a-z_]+)\}")
+_INDEX = r"0|[1-9][0-9]*"
+_WEIGHT = ".weight"
+
+# Modules that hold a table of tokens, by the last part of their names in the
+# checkpoints of Transformers. Only asked for where a table names several lookups.
+_TOKEN_TABLES = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings")
+
+
+class Module(NamedTuple):
+    """A module of a checkpoint, and where its weight is.
+
+    Attributes:
+        path: the path of its weight.
+        name: its name.
+        layout: how the two weights relate.
+        layer: the index of its layer, or `None`.
+        around: what stands before and after that index in the path.
+    """
+
+    path: str
+    name: str
+    layout: Layout
+    layer: int | None
+    around: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class NameMap:
+    """Translates paths to the tensor and module names of a checkpoint, and back.
+
+    It is a table of `(ours, theirs, layout)`: a path, a tensor's name, and how the two
+    arrays relate:
+
+    - `"linear"`: theirs is `(d_out, d_in)`, the transpose of ours, `(d_in, d_out)`.
+      Where ours has several axes on a side, `(d_in, heads, head_dim)` say, theirs has
+      them flattened into one.
+    - `"same"`: the arrays are equal. Embeddings, vectors, GPT-2's `Conv1D` kernels.
+
+    `{i}` stands for the index of a layer and appears on both sides. Paths are those of
+    single layers, `layers/3/attn/q_proj/kernel`, as a plan's sites carry them, so one
+    table serves a stacked tree and an unrolled one.
+
+    A module is what holds a tensor named `weight`: `model.norm` for
+    `model.norm.weight`. Nothing is ever cut out of the middle of a name.
+
+    Args:
+        entries: the table; an iterable of triples.
+        head: module name of the output head. A table that does not list it describes a
+            model whose head is tied to an embedding.
+        tied: the path of that embedding. `"auto"` takes the table of tokens among the
+            entries where it can be told, `None` says that there is no such tie.
+
+    Raises:
+        ConfigError: if an entry is malformed, or a name appears twice.
+
+    Example:
+        >>> names = NameMap([("layers/{i}/q_proj/kernel",
+        ...                   "model.layers.{i}.self_attn.q_proj.weight", "linear")])
+        >>> names.module("layers/3/q_proj/kernel")
+        'model.layers.3.self_attn.q_proj'
+        >>> names.path("model.layers.3.self_attn.q_proj.weight")
+        'layers/3/q_proj/kernel'
+    """
+
+    entries: tuple[Entry, ...]
+    head: str = "lm_head"
+    tied: str | None = "auto"
+
+    def __post_init__(self):
+        entries = tuple(_entry(entry) for entry in self.entries)
+        if not entries:
+            raise ConfigError(
+                "`names` is empty. Give a table of (path, tensor name, layout), e.g. "
+                "`model.names`."
+            )
+        for side, label in ((0, "path"), (1, "tensor name")):
+            seen: set[str] = set()
+            for entry in entries:
+                if entry[side] in seen:
+                    raise ConfigError(
+                        f"`names` lists the {label} {entry[side]!r} twice. Each path "
+                        "belongs to one tensor."
+                    )
+                seen.add(entry[side])
+        object.__setattr__(self, "entries", entries)
+        if self.tied == "auto":
+            object.__setattr__(self, "tied", self._token_table())
+
+    @classmethod
+    def of(cls, names: Any) -> "NameMap":
+        """`names` as a `NameMap`: one already, or the entries of one.
+
+        >>> NameMap.of([("w", "w.weight", "same")]).tensor("w")
+        'w.weight'
+        """
+        if isinstance(names, NameMap):
+            return names
+        if isinstance(names, str | Mapping) or not isinstance(names, Iterable):
+            raise ConfigError(
+                f"`names` is a {type(names).__name__}, not a table. Give an iterable "
+                "of (path, tensor name, layout) or a `NameMap`; for the models of "
+                "`lorax_jax.models` it is `model.names`."
+            )
+        return cls(tuple(names))
+
+    def tensor(self, path: str) -> str | None:
+        """The name of the tensor at `path`, or `None` if the table has no such path."""
+        return self._translate(path, 0)
+
+    def path(self, tensor: str) -> str | None:
+        """The path of the tensor of this name, or `None`."""
+        return self._translate(tensor, 1)
+
+    def module(self, path: str) -> str | None:
+        """The module whose `weight` is at `path`, or `None`."""
+        tensor = self.tensor(path)
+        if tensor is None or not tensor.endswith(_WEIGHT):
+            return None
+        return tensor.removesuffix(_WEIGHT)
+
+    def module_path(self, module: str) -> str | None:
+        """The path of a module's `weight`, or `None`."""
+        return self.path(module + _WEIGHT)
+
+    def layout(self, path: str) -> Layout | None:
+        """How the arrays at `path` and in the checkpoint relate, or `None`."""
+        found = self._find(path, 0)
+        return None if found is None else found[0].entry[2]
+
+    def expand(self, layers: int) -> "Iterator[Module]":
+        """Every module of a model with so many layers.
+
+        Entries that are no module's `weight`, or that count more than layers, are left
+        out.
+
+        >>> names = NameMap([("h/{i}/w", "h.{i}.w.weight", "same"),
+        ...                  ("h/{i}/b", "h.{i}.w.bias", "same")])
+        >>> [(module.path, module.name) for module in names.expand(2)]
+        [('h/0/w', 'h.0.w'), ('h/1/w', 'h.1.w')]
+        """
+        for template in self._templates:
+            ours, theirs, layout = template.entry
+            names = _PLACEHOLDER.findall(ours)
+            if not theirs.endswith(_WEIGHT) or len(names) > 1:
+                continue
+            theirs = theirs.removesuffix(_WEIGHT)
+            pieces = tuple(_PLACEHOLDER.split(ours)[::2])
+            for i in range(layers) if names else [None]:
+                index = {} if i is None else {names[0]: str(i)}
+                path, name = _fill(ours, index), _fill(theirs, index)
+                yield Module(path, name, layout, i, pieces)
+
+    def closest(self, name: str, most: int = 3) -> list[str]:
+        """The tensor names of the table that read most like `name`."""
+        return closest(name, [theirs for _, theirs, _ in self.entries], most)
+
+    def _token_table(self) -> str | None:
+        """The path of the embedding that a head missing from the table is tied to."""
+        theirs = {entry[1] for entry in self.entries}
+        if self.head + _WEIGHT in theirs:
+            return None
+        tables = [
+            (ours, name.removesuffix(_WEIGHT).split(".")[-1])
+            for ours, name, layout in self.entries
+            if layout == "same"
+            and name.endswith(_WEIGHT)
+            and not _PLACEHOLDER.search(ours)
+        ]
+        known = [ours for ours, last in tables if last in _TOKEN_TABLES]
+        usual = [ours for ours, _ in tables if ours.split("/")[-1] == "embedding"]
+        for found in (known, usual):
+            if len(found) == 1:
+                return found[0]
+        return None
+
+    @functools.cached_property
+    def _templates(self) -> tuple["_Template", ...]:
+        return tuple(
+            _Template(entry, _compile(entry[0]), _compile(entry[1]))
+            for entry in self.entries
+        )
+
+    @functools.cached_property
+    def _indexed(self) -> tuple["_Template", ...]:
+        """The entries with an index."""
+        return tuple(t for t in self._templates if _PLACEHOLDER.search(t.entry[0]))
+
+    @functools.cached_property
+    def _plain(self) -> tuple[dict[str, "_Template"], dict[str, "_Template"]]:
+        """The entries without an index, by path and by tensor name."""
+        found = [t for t in self._templates if not _PLACEHOLDER.search(t.entry[0])]
+        return {t.entry[0]: t for t in found}, {t.entry[1]: t for t in found}
+
+    def _find(
+        self, name: str, side: Literal[0, 1]
+    ) -> tuple["_Template", dict[str, str]] | None:
+        plain = self._plain[side].get(name)
+        if plain is not None:  # a name written out wins over a pattern
+            return plain, {}
+        hits = []
+        for template in self._indexed:
+            found = (template.ours, template.theirs)[side].fullmatch(name)
+            if found is not None:
+                hits.append((template, found.groupdict()))
+        if len(hits) > 1:
+            both = " and ".join(repr(hit[0].entry[side]) for hit in hits[:2])
+            raise ConfigError(
+                f"`names` is ambiguous: {name!r} fits {both}. Make the entries differ "
+                "in more than an index."
+            )
+        return hits[0] if hits else None
+
+    @functools.cached_property
+    def _cache(self) -> dict[tuple[str, int], str | None]:
+        return {}
+
+    def _translate(self, name: str, side: Literal[0, 1]) -> str | None:
+        known = self._cache
+        if (name, side) not in known:
+            found = self._find(name, side)
+            if found is None:
+                known[name, side] = None
+            else:
+                other: Literal[0, 1] = 1 if side == 0 else 0
+                result = _fill(found[0].entry[other], found[1])
+                back = self._find(result, other)
+                if back is None or _fill(back[0].entry[side], back[1]) != name:
+                    raise ConfigError(
+                        f"`names` takes {name!r} to {result!r}, which belongs to "
+                        "another entry. Each path must have a tensor of its own."
+                    )
+                known[name, side] = result
+        return known[name, side]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Template:
+    """An entry, with a pattern for each side."""
+
+    entry: Entry
+    ours: re.Pattern[str]
+    theirs: re.Pattern[str]
+
+
+def _entry(entry: Any) -> Entry:
+    fine = (
+        isinstance(entry, tuple | list)
+        and len(entry) == 3
+        and all(isinstance(part, str) and part for part in entry)
+    )
+    if not fine or entry[2] not in ("linear", "same"):
+        raise ConfigError(
+            f"`names` holds {entry!r}. An entry is (path, tensor name, layout) with "
+            "layout 'linear' or 'same', e.g. ('layers/{i}/q_proj/kernel', "
+            "'model.layers.{i}.self_attn.q_proj.weight', 'linear')."
+        )
+    ours, theirs, layout = entry
+    placeholders = [sorted(_PLACEHOLDER.findall(side)) for side in (ours, theirs)]
+    if placeholders[0] != placeholders[1]:
+        raise ConfigError(
+            f"`names` pairs {ours!r} with {theirs!r}, whose placeholders differ. Each "
+            "of them, such as {i}, must appear on both sides."
+        )
+    if len(set(placeholders[0])) != len(placeholders[0]):
+        raise ConfigError(f"`names` holds {ours!r}, which repeats a placeholder.")
+    for side in (ours, theirs):
+        if re.search(r"\}[0-9]*\{", side):
+            raise ConfigError(
+                f"`names` holds {side!r}: two indices with nothing between them cannot "
+                "be told apart."
+            )
+    return ours, theirs, layout
+
+
+def _compile(template: str) -> re.Pattern[str]:
+    pieces = _PLACEHOLDER.split(template)  # literal, name, literal, ..., literal
+    for i, piece in enumerate(pieces):
+        pieces[i] = rf"(?P<{piece}>{_INDEX})" if i % 2 else re.escape(piece)
+    return re.compile("".join(pieces))
+
+
+def _fill(template: str, index: Mapping[str, str]) -> str:
+    return _PLACEHOLDER.sub(lambda found: index[found[1]], template)
