@@ -29,7 +29,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lorax_jax as lj
 from lorax_jax import embedded, models
 
-ADAM = {"learning_rate": 1e-3, "b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
+ADAM = {
+    "learning_rate": 1e-3,
+    "b1": 0.9,
+    "b2": 0.999,
+    "eps": 1e-8,
+    "weight_decay": 0.01,
+}
 RANK, ALPHA = 8, 16
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
