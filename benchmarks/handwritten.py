@@ -10,6 +10,7 @@ operations as XLA counts them, time to trace and compile, and time of a step.
 
 import argparse
 import contextlib
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -155,12 +156,10 @@ def compare(config, *, scan, batch, length, dtype, rounds, compiles):
         for name in sides:
             parts = {k: median([t[k] for t in times[name]]) for k in times[name][0]}
             out[name] = facts(compiled[name]) | {f"{k}_s": v for k, v in parts.items()}
-        calls = {
-            name: lambda name=name, train=train, fixed=fixed: compiled[name](
-                train, tx.init(train), params, fixed, ids
-            )
-            for name, (_, train, fixed) in sides.items()
-        }
+        calls = {}
+        for name, (_, train, fixed) in sides.items():
+            args = (train, tx.init(train), params, fixed, ids)
+            calls[name] = functools.partial(compiled[name], *args)
         for name, seconds in in_turns(calls, rounds).items():
             out[name] |= {"step_s": median(seconds), "steps_s": seconds}
     for key in ("flops", "step_s", "total_s", "trace_s", "temporary_bytes"):
@@ -229,7 +228,8 @@ def main():
             f"step x{row['step_s_ratio']:.3f} ({1e3 * ours['step_s']:.1f} ms against "
             f"{1e3 * theirs['step_s']:.1f})  trace+compile x{row['total_s_ratio']:.3f} "
             f"({ours['total_s']:.2f} s against {theirs['total_s']:.2f}, trace "
-            f"x{row['trace_s_ratio']:.2f})  temporary x{row['temporary_bytes_ratio']:.3f} "
+            f"x{row['trace_s_ratio']:.2f})  "
+            f"temporary x{row['temporary_bytes_ratio']:.3f} "
             f"({ours['temporary_bytes'] / 1e9:.2f} GB)  gradient error "
             f"{row['gradient_error']:.1e}",
             flush=True,
