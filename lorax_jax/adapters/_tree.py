@@ -160,15 +160,14 @@ def bind(
             "one multiplier for each, in the same order."
         )
     leaves, treedef = _paths.flatten(params, is_leaf=is_weight)
+    by_path = dict(leaves)
     terms: dict[str, list[Term]] = {}
     for index, (adapter, weight) in enumerate(zip(adapters, weights, strict=True)):
         _check_is_adapter(adapter)
         for name, fixed in adapter.fixed.items():
-            base = next(
-                (leaf for path, leaf in leaves if path == fixed.role.path), None
-            )
+            base = by_path.get(fixed.role.path)
             if base is None:
-                raise AdapterError(_no_such_leaf(fixed.role, [p for p, _ in leaves]))
+                raise AdapterError(_no_such_leaf(fixed.role, list(by_path)))
             site_key = None if key is None else jax.random.fold_in(key, index)
             terms.setdefault(fixed.role.path, []).append(
                 _term(base, adapter.train[name], fixed, weight, site_key)

@@ -102,7 +102,8 @@ _dense = jax.jit(lambda weight: weight.dense())
 
 @jax.jit
 def _errors(weight: Adapted, merged: jax.Array):
-    base = jnp.asarray(weight.base).astype(jnp.float32)
+    dense = weight.base.dense() if weight.is_packed else jnp.asarray(weight.base)
+    base = dense.astype(jnp.float32)
     exact = base
     for term in weight.terms:
         exact = term.dense(exact)
@@ -110,5 +111,5 @@ def _errors(weight: Adapted, merged: jax.Array):
     delta = exact - base
     norm = jnp.linalg.norm(delta)
     relative = jnp.where(norm > 0, jnp.linalg.norm(error) / norm, 0.0)
-    lost = (delta != 0) & (merged == weight.base)
+    lost = (delta != 0) & (merged == dense)
     return jnp.abs(error).max(), relative, lost.mean()

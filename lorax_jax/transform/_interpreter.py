@@ -56,12 +56,18 @@ class Run:
         return _body(jaxpr, self.options)(*operands)
 
 
-@functools.lru_cache(maxsize=4096)
+@_jaxpr.keyed_by_jaxpr
 def _body(jaxpr: Any, options: Options):
-    # One traced function for each inner jaxpr: JAX's own cache then finds the trace
-    # again by the types of the operands.
-    inner, consts = _jaxpr.closed(jaxpr)
-    return _jaxpr.trace(lambda *xs: interpret(inner, consts, xs, options))
+    """One traced function for each inner jaxpr.
+
+    JAX's own cache then finds the trace again by the types of the operands.
+    """
+
+    def body(*operands):
+        inner, consts = _jaxpr.closed(jaxpr())
+        return interpret(inner, consts, operands, options)
+
+    return _jaxpr.trace(body)
 
 
 def interpret(
@@ -98,9 +104,10 @@ def interpret(
 _literal = _jaxpr.is_literal
 
 
-@functools.lru_cache(maxsize=4096)
+@_jaxpr.keyed_by_jaxpr
 def _last_uses(jaxpr: Any) -> dict[int, list[Any]]:
     """For each equation, the variables that nothing reads after it."""
+    jaxpr = jaxpr()
     seen = {atom for atom in jaxpr.outvars if not _literal(atom)}
     last: dict[int, list[Any]] = {}
     for index in reversed(range(len(jaxpr.eqns))):

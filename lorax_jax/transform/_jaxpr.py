@@ -3,6 +3,8 @@
 Written against JAX 0.10 to 0.12. Nothing else in the package imports from `jax._src`.
 """
 
+import functools
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,6 +26,7 @@ __all__ = [
     "eqn_scope",
     "is_literal",
     "is_tracer",
+    "keyed_by_jaxpr",
     "open_jaxpr",
     "scan_counts",
     "scan_params",
@@ -40,6 +43,24 @@ def trace(fn: Callable[..., Any]) -> Callable[..., tuple[Closed, Any]]:
     every piece of context that it knows to matter (mesh, precision, axis sizes).
     """
     return jax.make_jaxpr(fn, return_shape=True)
+
+
+def keyed_by_jaxpr(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Caches `fn(jaxpr, *key)` for as long as the jaxpr lives.
+
+    `fn` gets a weak reference in place of the jaxpr, for whatever it returns must not
+    keep the jaxpr alive.
+    """
+    store: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
+
+    @functools.wraps(fn)
+    def cached(jaxpr: Any, *key: Any) -> Any:
+        found = store.setdefault(jaxpr, {})
+        if key not in found:
+            found[key] = fn(weakref.ref(jaxpr), *key)
+        return found[key]
+
+    return cached
 
 
 def is_tracer(x: Any) -> bool:

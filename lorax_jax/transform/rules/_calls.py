@@ -1,7 +1,5 @@
 """Calls: `jit`, `remat`, and functions with a derivative of their own."""
 
-import functools
-
 import jax
 from jax import lax
 
@@ -70,7 +68,7 @@ def _remat(run, eqn, operands):
     groups = leaves(operands)
     changes = {"jaxpr": inner}
     if eqn.params["policy"] is not None:
-        changes["policy"] = _thin(eqn.params["policy"], inner)
+        changes["policy"] = _thin(inner, eqn.params["policy"])
     if isinstance(eqn.params["prevent_cse"], tuple):  # from JAX 0.9, one an operand
         flags = eqn.params["prevent_cse"]
         changes["prevent_cse"] = tuple(
@@ -80,8 +78,8 @@ def _remat(run, eqn, operands):
     return unflatten(kinds, _jaxpr.bind(eqn, flat, **changes))
 
 
-@functools.lru_cache(maxsize=4096)
-def _thin(policy, jaxpr):
+@_jaxpr.keyed_by_jaxpr
+def _thin(jaxpr, policy):
     """`policy`, except that it never saves the product with the second factor.
 
     A policy that saves matrix products would save `x W`, `x A` and `(x A) B`. The last
@@ -92,7 +90,7 @@ def _thin(policy, jaxpr):
     what the policy says.
     """
     up, other = set(), set()
-    for eqn in jaxpr.eqns:
+    for eqn in jaxpr().eqns:
         if eqn.primitive is lax.dot_general_p:
             kind = _signature([v.aval for v in eqn.invars], eqn.params)
             scopes = str(eqn.source_info.name_stack).split("/")

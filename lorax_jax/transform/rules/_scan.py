@@ -69,12 +69,12 @@ def _unstack(weight: Adapted) -> tuple[_Stacked, list[Any]]:
     return _Stacked(moving, skeleton), [p.array for p in parts if not p.holds(0)]
 
 
-@functools.lru_cache(maxsize=4096)
+@_jaxpr.keyed_by_jaxpr
 def _body(jaxpr: Any, options: Any, n_carry: int, invariant: tuple[int, ...]):
     """The traced body of a scan on weights, its constants in front."""
-    inner, constants = _jaxpr.closed(jaxpr)
 
     def body(consts, kept, fixed, carry, xs):
+        inner, constants = _jaxpr.closed(jaxpr())
         kept, fixed, carry = iter(kept), iter(fixed), iter(carry)
         operands = [
             *consts,

@@ -1,0 +1,15 @@
+"""Plain Flax models as pure functions over nested dictionaries of arrays.
+
+Llama 2 and 3, Mistral, Qwen2, Qwen3, SmolLM2 and GPT-2: `load` one, `apply` it,
+`generate` with it.
+"""
+
+from .._errors import CheckpointError as CheckpointError
+from .._errors import ConfigError as ConfigError
+from ._cache import Cache as Cache
+from ._generate import generate as generate
+from ._load import load as load
+from ._load import to_hf as to_hf
+from ._model import Model as Model
+from ._model import from_config as from_config
+from ._transformers import tokenizer as tokenizer
