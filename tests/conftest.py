@@ -16,6 +16,8 @@ import pytest
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_legacy_prng_key", "error")
+# Tiny programs take far longer to compile than to run: compile with less care.
+jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture
@@ -28,6 +30,14 @@ def relaxed():
     """For models of other people, which promote types and ranks as JAX allows."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
+
+
+@pytest.fixture
+def optimized():
+    """For real models, where running takes longer than compiling."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(autouse=True)

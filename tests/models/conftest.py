@@ -102,17 +102,6 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
 
 
-@pytest.fixture(autouse=True)
-def quick_compiles(request):
-    """Tiny models take far longer to compile than to run: compile with less care."""
-    if request.node.get_closest_marker("smollm2"):
-        yield
-        return
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture
 def mapping(family):
     """One family's config, as a parsed `config.json` would be."""

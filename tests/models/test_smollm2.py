@@ -21,6 +21,7 @@ PROMPTS = [
 
 pytestmark = [
     pytest.mark.smollm2,
+    pytest.mark.usefixtures("optimized"),
     pytest.mark.skipif(
         not (FOLDER / "model.safetensors").is_file(),
         reason=f"no model in {FOLDER}: run benchmarks/fetch_smollm2.py",

@@ -1,0 +1,358 @@
+"""PEFT's `adapter_config.json`: what its fields mean, and how its patterns match."""
+
+import math
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from .._errors import CheckpointError, shorten
+from ._patterns import Patterns, compile_pattern
+
+# The release whose fields these are. A newer one may write more of them.
+VERSION = "0.21.2"
+
+# Every field that PEFT writes, and its value when nothing is asked for.
+DEFAULTS: dict[str, Any] = {
+    "alora_invocation_tokens": None,
+    "alpha_pattern": {},
+    "arrow_config": None,
+    "auto_mapping": None,
+    "base_model_name_or_path": None,
+    "bias": "none",
+    "corda_config": None,
+    "ensure_weight_tying": False,
+    "eva_config": None,
+    "exclude_modules": None,
+    "fan_in_fan_out": False,
+    "inference_mode": True,
+    "init_lora_weights": True,
+    "kasa_config": None,
+    "layer_replication": None,
+    "layers_pattern": None,
+    "layers_to_transform": None,
+    "loftq_config": {},
+    "lora_alpha": 8,
+    "lora_bias": False,
+    "lora_dropout": 0.0,
+    "lora_ga_config": None,
+    "megatron_config": None,
+    "megatron_core": "megatron.core",
+    "modules_to_save": None,
+    "monteclora_config": None,
+    "peft_type": "LORA",
+    "peft_version": VERSION,
+    "qalora_group_size": 16,
+    "r": 8,
+    "rank_pattern": {},
+    "revision": None,
+    "target_modules": None,
+    "target_parameters": None,
+    "task_type": None,
+    "trainable_token_indices": None,
+    "use_bdlora": None,
+    "use_dora": False,
+    "use_qalora": False,
+    "use_rslora": False,
+    "velora_config": None,
+}
+
+# Read and acted on.
+_HANDLED = {
+    "alpha_pattern",
+    "base_model_name_or_path",
+    "ensure_weight_tying",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "init_lora_weights",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_alpha",
+    "lora_dropout",
+    "peft_type",
+    "r",
+    "rank_pattern",
+    "target_modules",
+    "use_rslora",
+}
+
+# Knowingly ignored: about classes and versions, or about how training started, which
+# the factors in a file already reflect.
+_IGNORED = {
+    "auto_mapping",
+    "corda_config",
+    "eva_config",
+    "inference_mode",
+    "loftq_config",
+    "lora_ga_config",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+    "task_type",
+}
+
+# Refused where set: each changes what the adapted model computes.
+_REFUSED = {
+    "alora_invocation_tokens": "an activated adapter acts after its tokens only",
+    "arrow_config": "an Arrow router chooses between adapters for each token",
+    "bias": "trained biases of the base lie beside the factors",
+    "kasa_config": "KaSA cuts the base's smallest singular values",
+    "layer_replication": "the base's layers are repeated",
+    "lora_bias": "B has a bias",
+    "megatron_config": "the factors are those of Megatron's parallel layers",
+    "modules_to_save": "whole modules were trained beside the factors",
+    "monteclora_config": "MonteCLoRA keeps a sampler beside the factors",
+    "target_parameters": "factors of expert parameters are packed by another rule",
+    "trainable_token_indices": "rows of the embedding were trained",
+    "use_bdlora": "a factor is block-diagonal",
+    "use_dora": "DoRA rescales the weight by a magnitude",
+    "use_qalora": "QALoRA pools the inputs",
+    "velora_config": "VeLoRA keeps projections beside the factors",
+}
+
+# Initializations that replace the base by a residual. The factors of such a file are
+# right on that residual and wrong on the original base.
+_MUTATING = ("pissa", "olora", "corda", "lora_ga", "loftq")
+
+
+def check_fields(config: Mapping[str, Any], what: str, *, trained: bool = True) -> None:
+    """Refuses a configuration that asks for more than plain LoRA, by name.
+
+    Args:
+        config: the fields.
+        what: what to call it in messages.
+        trained: it describes factors in a file, so initializations that replace the
+            base are refused. `False` for a configuration to start from.
+
+    Raises:
+        CheckpointError: naming every field that is refused or unknown.
+    """
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise CheckpointError(
+            f"{what} has `peft_type` = {kind!r}; only 'LORA' is read here. Convert the "
+            "adapter with PEFT's `convert_to_lora`, or merge it there and load the "
+            "merged model."
+        )
+    unknown = sorted(
+        key
+        for key, value in config.items()
+        if key not in _HANDLED | _IGNORED | set(_REFUSED)
+        and value not in (None, False, {}, [], "")
+    )
+    if unknown:
+        raise CheckpointError(
+            f"{what} sets {shorten(unknown)}, which PEFT {VERSION} does not have, so "
+            "what it means for the result is not known. Set it to null if it changes "
+            "nothing."
+        )
+    set_ = [
+        f"  {key} = {value!r}: {_REFUSED[key]}"
+        for key, value in sorted(config.items())
+        if key in _REFUSED and not _unset(key, value)
+    ]
+    if set_:
+        raise CheckpointError(
+            f"{what} asks for more than plain LoRA:\n"
+            + "\n".join(set_[:8])
+            + "\nMerge the adapter with PEFT's `merge_and_unload` and load the merged "
+            "model, or train it without."
+        )
+    init = config.get("init_lora_weights", True)
+    if trained and isinstance(init, str) and init.lower().startswith(_MUTATING):
+        raise CheckpointError(
+            f"{what} has `init_lora_weights` = {init!r}, which trains on a residual of "
+            "the base: its factors are wrong on the original. Convert them with PEFT's "
+            "`save_pretrained(..., path_initial_model_for_weight_conversion=...)`, "
+            "which writes plain LoRA."
+        )
+
+
+def _unset(key: str, value: Any) -> bool:
+    return value in (None, False, [], {}, "") or (key == "bias" and value == "none")
+
+
+def number(config: Mapping[str, Any], key: str, what: str) -> float:
+    """A finite number of the configuration.
+
+    Raises:
+        CheckpointError: if it is something else.
+    """
+    value = config.get(key, DEFAULTS[key])
+    return _number(value, f"`{key}`", what)
+
+
+def _number(value: Any, label: str, what: str) -> float:
+    fine = isinstance(value, int | float) and not isinstance(value, bool)
+    # The bound keeps integers that no float can hold out of every later formula.
+    if not fine or not abs(value) < 1e30 or not math.isfinite(value):
+        raise CheckpointError(f"{what} has {label} = {value!r:.80}, no finite number.")
+    return value
+
+
+def rank(value: Any, label: str, what: str) -> int:
+    """A rank of the configuration.
+
+    Raises:
+        CheckpointError: if it is no positive integer, or beyond any matrix.
+    """
+    fine = isinstance(value, int) and not isinstance(value, bool)
+    if not fine or not 1 <= value < 1 << 24:
+        raise CheckpointError(
+            f"{what} has {label} = {value!r:.80}; a rank is an integer from 1 up."
+        )
+    return value
+
+
+class Ranks:
+    """Rank, alpha and scale of each module, by PEFT's rule.
+
+    A key `p` of `rank_pattern` or `alpha_pattern` is a regex, and takes a module when
+    `(.*\\.)?(p)$` matches its name; the first such key wins. The two patterns are
+    looked up independently.
+
+    Args:
+        config: the fields of an `adapter_config.json`.
+        what: what to call it in messages.
+
+    Raises:
+        CheckpointError: if a number or a pattern is not acceptable.
+
+    Example:
+        >>> ranks = Ranks({"r": 8, "lora_alpha": 16, "rank_pattern": {"up": 2}}, "it")
+        >>> ranks("layers.0.mlp.up"), ranks("layers.0.mlp.gate_up")
+        ((2, 16, 8.0), (8, 16, 2.0))
+    """
+
+    def __init__(self, config: Mapping[str, Any], what: str):
+        self.rslora = _flag(config, "use_rslora", what)
+        self.rank = rank(config.get("r", DEFAULTS["r"]), "`r`", what)
+        self.alpha = number(config, "lora_alpha", what)
+        self.ranks = {
+            key: rank(value, f"`rank_pattern[{key!r:.80}]`", what)
+            for key, value in _pattern(config, "rank_pattern", what).items()
+        }
+        self.alphas = {
+            key: _number(value, f"`alpha_pattern[{key!r:.80}]`", what)
+            for key, value in _pattern(config, "alpha_pattern", what).items()
+        }
+        self._find = Patterns((*self.ranks, *self.alphas), what)
+
+    def __call__(self, module: str) -> tuple[int, float, float]:
+        """`(rank, alpha, scale)` of a module."""
+        key = self._find(self.ranks, module)
+        rank = self.rank if key is None else self.ranks[key]
+        key = self._find(self.alphas, module)
+        alpha = self.alpha if key is None else self.alphas[key]
+        return rank, alpha, alpha / (math.sqrt(rank) if self.rslora else rank)
+
+    def takes(self, pattern: str, module: str) -> bool:
+        """Whether one of the patterns takes a module."""
+        return self._find([pattern], module) is not None
+
+
+def _pattern(config: Mapping[str, Any], key: str, what: str) -> dict[str, Any]:
+    found = config.get(key) or {}
+    if not isinstance(found, dict):
+        raise CheckpointError(
+            f"{what} has `{key}` = {found!r:.80}, which is no object."
+        )
+    return found
+
+
+def _flag(config: Mapping[str, Any], key: str, what: str) -> bool:
+    value = config.get(key, False)
+    if not isinstance(value, bool) and value is not None:
+        raise CheckpointError(f"{what} has `{key}` = {value!r:.80}, not true or false.")
+    return bool(value)
+
+
+class Targets:
+    """Which modules PEFT adapts: `target_modules` and what narrows it.
+
+    A string is a regex for the whole name. An entry of a list is a whole name or what
+    follows a dot in it; entries that are a whole name escape `layers_to_transform`.
+
+    Args:
+        config: the fields of an `adapter_config.json`.
+        what: what to call it in messages.
+
+    Raises:
+        CheckpointError: if a field is not what PEFT writes.
+
+    Example:
+        >>> chosen = Targets({"target_modules": ["q_proj"]}, "it")
+        >>> chosen("layers.0.q_proj"), chosen("layers.0.xq_proj")
+        (True, False)
+    """
+
+    def __init__(self, config: Mapping[str, Any], what: str):
+        self.targets = _names_or_regex(config, "target_modules", what)
+        self.excluded = _names_or_regex(config, "exclude_modules", what)
+        layers = config.get("layers_to_transform")
+        self.layers = [layers] if isinstance(layers, int) else layers or None
+        patterns = config.get("layers_pattern")
+        patterns = [patterns] if isinstance(patterns, str) else patterns or []
+        if not _all(self.layers or [], int) or not _all(patterns, str):
+            raise CheckpointError(
+                f"{what} has `layers_to_transform` = {layers!r:.80} and "
+                f"`layers_pattern` = {patterns!r:.80}; indices and names are meant."
+            )
+        wrapped = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in patterns]
+        self._layer = [
+            compile_pattern(regex, pattern, what)
+            for regex, pattern in zip(wrapped, patterns, strict=True)
+        ] or [re.compile(r".*?\.[^.]*\.(\d+)\.")]
+        self._patterns = Patterns((), what)  # its clock
+        self._regex = {
+            regex: compile_pattern(regex, regex, what)
+            for regex in (self.targets, self.excluded)
+            if isinstance(regex, str)
+        }
+
+    @property
+    def all_linear(self) -> bool:
+        """Whether the targets are PEFT's `"all-linear"`."""
+        return isinstance(self.targets, str) and self.targets.lower() == "all-linear"
+
+    def __call__(self, module: str) -> bool:
+        """Whether a module of this name is adapted."""
+        if self.targets is None or self.excludes(module):
+            return False
+        if not self._hits(self.targets, module):
+            return False
+        if isinstance(self.targets, str) or module in self.targets or not self.layers:
+            return True
+        found = (pattern.match(module) for pattern in self._layer)
+        layer = next((match for match in found if match is not None), None)
+        return layer is not None and int(layer[1]) in self.layers
+
+    def excludes(self, module: str) -> bool:
+        """Whether `exclude_modules` names the module."""
+        return self.excluded is not None and self._hits(self.excluded, module)
+
+    def _hits(self, names: str | frozenset[str], module: str) -> bool:
+        if isinstance(names, str):
+            return self._patterns.match(self._regex[names].fullmatch, module)
+        parts = module.split(".")
+        return any(".".join(parts[i:]) in names for i in range(len(parts)))
+
+
+def _names_or_regex(
+    config: Mapping[str, Any], key: str, what: str
+) -> str | frozenset[str] | None:
+    found = config.get(key)
+    if found is None or isinstance(found, str):
+        return found or None
+    if not isinstance(found, Collection) or not _all(found, str):
+        raise CheckpointError(
+            f"{what} has `{key}` = {found!r:.80}; a regex or a list of names is meant."
+        )
+    return frozenset(found)
+
+
+def _all(values: Any, kind: type) -> bool:
+    return isinstance(values, Collection) and all(
+        isinstance(value, kind) and not isinstance(value, bool) for value in values
+    )

@@ -1,0 +1,289 @@
+"""`LoraConfig`'s rules from PEFT's fields, and back.
+
+PEFT's patterns are about module names, ours about paths, and a name table connects the
+two. Neither side's regexes can be rewritten as the other's, so both directions ask
+every module of a model with many layers, and write down the answers: what came out the
+same for all layers becomes one rule again.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from .._errors import ConfigError, closest, shorten
+from .._names import Module, NameMap
+from ._fields import DEFAULTS, Ranks, Targets, check_fields, number
+from ._patterns import condense, short_targets, suffixes
+
+# More layers than models have. What holds for all of them is taken to hold always.
+LAYERS = 256
+ALL_LINEAR = "all-linear"
+
+_WHAT = "The PEFT configuration"
+
+
+def from_peft(config: Mapping[str, Any], names: NameMap) -> dict[str, Any]:
+    """The arguments of the `LoraConfig` that adapts what PEFT would adapt.
+
+    Args:
+        config: the fields of an `adapter_config.json`.
+        names: the model's name table.
+
+    Returns:
+        Keyword arguments of `LoraConfig`; `targets` is a dict from regexes of whole
+        paths to overrides.
+
+    Raises:
+        CheckpointError: if the fields ask for more than LoRA, or are malformed.
+        ConfigError: if a target or pattern takes no module of the table.
+    """
+    check_fields(config, _WHAT, trained=False)
+    ranks, chosen = Ranks(config, _WHAT), Targets(config, _WHAT)
+    init = config.get("init_lora_weights", True)
+    result: dict[str, Any] = {
+        "rank": ranks.rank,
+        "alpha": ranks.alpha,
+        "rslora": ranks.rslora,
+        "dropout": number(config, "lora_dropout", _WHAT),
+        "init": init.lower() if isinstance(init, str) else init is not False,
+        "targets": None,
+    }
+    if chosen.targets is None:
+        return result
+    modules = list(names.expand(LAYERS))
+    if chosen.all_linear:
+        excluded = {m: None for m in modules if chosen.excludes(m.name)}
+        linear = [m for m in modules if _linear(m, names) and m not in excluded]
+        _check_patterns(ranks, linear)
+        special = [m for m in linear if _overrides(ranks, m.name)]
+        result["exclude"] = tuple(_group(excluded))
+        result["targets"] = _targets(ranks, special) | {ALL_LINEAR: {}}
+        return result
+    picked = [m for m in modules if chosen(m.name)]
+    tied = _tied(config, chosen, ranks, names)
+    _check_targets(chosen, [*(m.name for m in modules), names.head], picked or tied)
+    _check_patterns(ranks, picked, *([names.head] if tied else []))
+    result["targets"] = _targets(ranks, picked) | _tied(config, chosen, ranks, names)
+    return result
+
+
+def _targets(ranks: Ranks, picked: Sequence[Module]) -> dict[str, dict[str, Any]]:
+    values = {m: tuple(_overrides(ranks, m.name).items()) for m in picked}
+    return {pattern: dict(overrides) for pattern, overrides in _group(values).items()}
+
+
+def _overrides(ranks: Ranks, module: str) -> dict[str, Any]:
+    rank, alpha, _ = ranks(module)
+    found = {"rank": rank, "alpha": alpha}
+    return {key: v for key, v in found.items() if v != getattr(ranks, key)}
+
+
+def _group(values: Mapping[Module, Any]) -> dict[str, Any]:
+    """A regex of whole paths for each family of layers that share a value.
+
+    Families of few layers come first, so that a family of all layers can be written as
+    any number and still leave those to their own rule.
+    """
+    families: dict[tuple[str, ...], dict[Any, list[int]]] = {}
+    plain: dict[str, Any] = {}
+    for module, value in values.items():
+        if module.layer is None:
+            plain[re.escape(module.path)] = value
+        else:
+            family = families.setdefault(module.around, {})
+            family.setdefault(value, []).append(module.layer)
+    found: dict[str, Any] = {}
+    for around, by_value in families.items():
+        everywhere = sum(map(len, by_value.values())) == LAYERS
+        ordered = sorted(by_value.items(), key=lambda item: len(item[1]))
+        for i, (value, layers) in enumerate(ordered):
+            which = "|".join(map(str, layers))
+            if everywhere and i == len(ordered) - 1:
+                which = r"\d+"
+            elif len(layers) > 1:
+                which = f"(?:{which})"
+            found[which.join(map(re.escape, around))] = value
+    return found | plain
+
+
+def _tied(
+    config: Mapping[str, Any], chosen: Targets, ranks: Ranks, names: NameMap
+) -> dict[str, dict[str, Any]]:
+    """The rule of an embedding that a head shares, which no module of the table is."""
+    if names.tied is None or names.module_path(names.head) is not None:
+        return {}
+    table = names.module(names.tied)
+    lookup = table is not None and chosen(table)
+    head = chosen(names.head)
+    if not lookup and not head:
+        return {}
+    shared = bool(config.get("ensure_weight_tying"))
+    if lookup and head and not shared:
+        raise ConfigError(
+            f"{_WHAT} adapts {table!r} and {names.head!r} separately, and they are one "
+            "weight. Set `ensure_weight_tying` to true for one adapter of both, or "
+            "name one of them."
+        )
+    tie = "shared" if shared else "lookup" if lookup else "head"
+    module = table if tie != "head" else names.head
+    return {re.escape(names.tied): {"tie": tie, **_overrides(ranks, module or "")}}
+
+
+def _check_targets(chosen: Targets, known: Sequence[str], picked: Any) -> None:
+    lost = [str(chosen.targets)] if not picked else []
+    if not isinstance(chosen.targets, str):
+        ends = {suffix for module in known for suffix in suffixes(module)}
+        lost = sorted((chosen.targets or set()) - ends)
+    if lost:
+        raise ConfigError(
+            f"{_WHAT} has the targets {shorten(lost)}, which take no module of "
+            f"`names`. Closest: {shorten(_near(lost[0], known))}."
+        )
+
+
+def _check_patterns(ranks: Ranks, picked: Sequence[Module], *more: str) -> None:
+    modules = [*(module.name for module in picked), *more]
+    for field, patterns in (("rank", ranks.ranks), ("alpha", ranks.alphas)):
+        for pattern in patterns:
+            if not any(ranks.takes(pattern, module) for module in modules):
+                raise ConfigError(
+                    f"{_WHAT} has the `{field}_pattern` {pattern!r}, which takes no "
+                    "adapted module, so the ranks would not be those it means. "
+                    f"Closest: {shorten(_near(pattern, modules))}."
+                )
+
+
+def _near(wanted: str, modules: Iterable[str]) -> list[str]:
+    few = {re.sub(r"\.\d+(?=\.)", ".0", module) for module in modules}
+    return closest(wanted, sorted(few), 3)
+
+
+def _linear(module: Module, names: NameMap) -> bool:
+    """Whether "all-linear" takes a module: a matrix, and not the head.
+
+    A table does not say which of its `"same"` tensors are matrices. Flax calls those
+    `kernel`.
+    """
+    matrix = module.layout == "linear" or module.path.split("/")[-1] == "kernel"
+    return matrix and module.name != names.head
+
+
+def to_peft(config: Any, names: NameMap) -> dict[str, Any]:
+    """PEFT's fields for a `LoraConfig`.
+
+    Args:
+        config: a `LoraConfig`.
+        names: the model's name table.
+
+    Returns:
+        What `adapter_config.json` holds: every field that PEFT writes.
+
+    Raises:
+        ConfigError: if PEFT cannot express it.
+    """
+    fields = DEFAULTS | {
+        "inference_mode": False,
+        "r": config.rank,
+        "lora_alpha": plain(config.rank if config.alpha is None else config.alpha),
+        "use_rslora": config.rslora,
+        "init_lora_weights": _init(config.init),
+    }
+    if config.rules is None:
+        return dict(sorted((fields | {"lora_dropout": config.dropout}).items()))
+    rules = [config.resolve(rule) for rule in config.rules]
+    fields["lora_dropout"] = _only("dropout", {rule.dropout for rule in rules})
+    fields["init_lora_weights"] = _init(_only("init", {rule.init for rule in rules}))
+    catch_all = next((r for r in rules if r.pattern == ALL_LINEAR), None)
+    taken: dict[str, Any] = {}
+    left: list[str] = []
+    odd: list[str] = []
+    for module in names.expand(LAYERS):
+        rule = _rule(config, rules, names, module)
+        if rule is None:
+            left.append(module.name)
+        elif module.path == names.tied:
+            _place_tie(taken, fields, names, module.name, rule)
+        else:
+            taken[module.name] = rule
+        if rule is not None and not _linear(module, names):
+            odd.append(module.name)
+    if catch_all is not None:
+        odd += ["`layers`"] if config.layers is not None else []
+        if odd:
+            raise ConfigError(
+                f"PEFT's 'all-linear' cannot be combined with {shorten(odd)}. Write "
+                "the targets out."
+            )
+        fields["target_modules"] = ALL_LINEAR
+        fields["exclude_modules"] = _excluded(config, names)
+        fields["r"], fields["lora_alpha"] = catch_all.rank, plain(catch_all.alpha)
+    else:
+        if not taken:
+            patterns = shorten([rule.pattern for rule in rules])
+            raise ConfigError(
+                f"The targets {patterns} take no path of `names`. Closest: "
+                f"{shorten(closest(rules[0].pattern, [e[0] for e in names.entries]))}."
+            )
+        fields["target_modules"] = sorted(short_targets(taken, left))
+    ranks = {module: rule.rank for module, rule in taken.items()}
+    alphas = {module: plain(rule.alpha) for module, rule in taken.items()}
+    fields["rank_pattern"] = condense(ranks, fields["r"])
+    fields["alpha_pattern"] = condense(alphas, fields["lora_alpha"])
+    return dict(sorted(fields.items()))
+
+
+def _rule(config: Any, rules: Sequence[Any], names: NameMap, module: Module) -> Any:
+    """The first rule that takes a module, as `plan` would find it."""
+    if any(_hit(pattern, module, names) for pattern in config.exclude):
+        return None
+    if config.layers is not None and module.layer not in config.layers:
+        return None
+    return next((rule for rule in rules if _hit(rule.pattern, module, names)), None)
+
+
+def _hit(pattern: str, module: Module, names: NameMap) -> bool:
+    if pattern == ALL_LINEAR:
+        return _linear(module, names)
+    stacked = "".join(module.around).replace("//", "/")
+    return any(re.fullmatch(pattern, path) for path in (module.path, stacked))
+
+
+def _place_tie(
+    taken: dict[str, Any], fields: dict[str, Any], names: NameMap, table: str, rule: Any
+) -> None:
+    if rule.tie is None:
+        raise ConfigError(
+            f"{rule.pattern!r} takes {names.tied!r}, which the head shares. Say which "
+            "use is adapted: `tie='shared'`, 'lookup' or 'head'."
+        )
+    fields["ensure_weight_tying"] = rule.tie == "shared"
+    if rule.tie in ("shared", "lookup"):
+        taken[table] = rule
+    if rule.tie in ("shared", "head"):
+        taken[names.head] = rule
+
+
+def _excluded(config: Any, names: NameMap) -> list[str] | None:
+    hit, free = [], []
+    for module in names.expand(LAYERS):
+        out = any(_hit(pattern, module, names) for pattern in config.exclude)
+        (hit if out else free).append(module.name)
+    return sorted(short_targets(hit, free)) or None
+
+
+def _only(field: str, values: set[Any]) -> Any:
+    if len(values) > 1:
+        raise ConfigError(
+            f"The rules give `{field}` the values {sorted(map(str, values))}; PEFT has "
+            "one for all modules. Give all rules the same."
+        )
+    return values.pop()
+
+
+def _init(init: Any) -> Any:
+    return True if init in (True, "kaiming") else False if init == "random" else init
+
+
+def plain(value: float) -> int | float:
+    """A number as JSON should show it: 16, not 16.0."""
+    return int(value) if float(value).is_integer() else float(value)

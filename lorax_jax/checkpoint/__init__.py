@@ -1,0 +1,8 @@
+"""Adapters and merged models on disk, in the formats that others read."""
+
+from .._names import NameMap as NameMap
+from ._export import Export as Export
+from ._export import export_merged as export_merged
+from ._load import load_adapter as load_adapter
+from ._receipt import Receipt as Receipt
+from ._save import save_adapter as save_adapter

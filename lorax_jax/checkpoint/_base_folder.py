@@ -1,0 +1,182 @@
+"""A model's folder as Transformers writes it: shards, their index, and the rest."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from .._errors import CheckpointError
+from .._json import read_json
+from ._safetensors import Entry, Reader
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+
+# Weights in any format: never copied, since they would be those before the merge.
+_WEIGHTS = (
+    ".safetensors",
+    ".safetensors.index.json",
+    ".bin",
+    ".bin.index.json",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".h5",
+    ".msgpack",
+    ".gguf",
+    ".onnx",
+    ".onnx_data",
+)
+
+
+class BaseFolder:
+    """An open model folder.
+
+    Attributes:
+        path: where it is.
+        config: its `config.json`.
+        shards: the tensors of each file, in the order in which they lie there.
+        metadata: what the index says beside the map; `None` if there is no index.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        config: dict[str, Any],
+        readers: Mapping[str, Reader],
+        metadata: dict[str, Any] | None,
+    ):
+        self.path = path
+        self.config = config
+        self.metadata = metadata
+        self.shards = {
+            file: tuple(sorted(reader.entries, key=lambda n: reader.entries[n].start))
+            for file, reader in readers.items()
+        }
+        self._readers = readers
+        self._where = {n: file for file, names in self.shards.items() for n in names}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._where
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def entry(self, name: str) -> Entry:
+        """Dtype, shape and place of a tensor."""
+        return self.reader(name).entries[name]
+
+    def reader(self, name: str) -> Reader:
+        """The open file that holds a tensor."""
+        return self._readers[self._where[name]]
+
+    def file(self, name: str) -> str:
+        """The name of the file that holds a tensor."""
+        return self._where[name]
+
+    def file_metadata(self, name: str) -> dict[str, str]:
+        """The metadata in the header of the file that holds a tensor."""
+        return self.reader(name).metadata
+
+    def mapped(self, name: str) -> np.ndarray:
+        """A floating tensor, read where it is touched and no earlier."""
+        entry = self.entry(name)
+        if not entry.size:
+            return np.empty(entry.shape, entry.dtype)
+        return np.memmap(
+            self.reader(name).path, entry.dtype, "r", entry.start, entry.shape
+        )
+
+
+@contextlib.contextmanager
+def open_base(path: str | os.PathLike) -> Iterator[BaseFolder]:
+    """Opens a model's folder.
+
+    Args:
+        path: holds `config.json`, and `model.safetensors` or its shards and index.
+
+    Raises:
+        CheckpointError: if something of that is missing, damaged, or points elsewhere.
+    """
+    path = Path(path)
+    if not (path / CONFIG).is_file():
+        found = sorted(p.name for p in path.iterdir())[:8] if path.is_dir() else []
+        raise CheckpointError(
+            f"{path} is not a model's folder: it has no {CONFIG}. It holds {found}."
+        )
+    # Configurations of some models hold infinities, as Python writes them.
+    config = read_json(path / CONFIG, finite=False)
+    with contextlib.ExitStack() as stack:
+
+        def opened(file: str) -> Reader:
+            return stack.enter_context(Reader(path / file))
+
+        if (path / INDEX).is_file():
+            index = read_json(path / INDEX, finite=False)
+            where = _weight_map(index, path / INDEX)
+            readers = {file: opened(file) for file in sorted(set(where.values()))}
+            metadata = index.get("metadata") or {}
+            _check_map(where, readers, path / INDEX)
+        elif (path / SINGLE).is_file():
+            readers, metadata = {SINGLE: opened(SINGLE)}, None
+        else:
+            found = sorted(p.name for p in path.iterdir())[:8]
+            raise CheckpointError(
+                f"{path} holds neither {SINGLE} nor {INDEX}; it holds {found}. Weights "
+                "in another format can be converted by loading and saving them with "
+                "`transformers`."
+            )
+        yield BaseFolder(path, config, readers, metadata)
+
+
+def _weight_map(index: dict[str, Any], where: Path) -> dict[str, str]:
+    found = index.get("weight_map")
+    if not isinstance(found, dict) or not found:
+        raise CheckpointError(f"{where} has no `weight_map`.")
+    for name, file in found.items():
+        plain = (
+            isinstance(file, str)
+            and PurePosixPath(file).name == file
+            and file.endswith(".safetensors")
+            and not set(file) & set("\\:\0")
+        )
+        if not plain:
+            raise CheckpointError(
+                f"{where} puts {name!r:.80} in {file!r:.80}. Shards are files beside "
+                "the index; a path is refused, since it could lead anywhere."
+            )
+    return found
+
+
+def _check_map(
+    where: Mapping[str, str], readers: Mapping[str, Reader], index: Path
+) -> None:
+    held = {(name, file) for file, reader in readers.items() for name in reader.entries}
+    odd = sorted(held ^ set(where.items()))
+    if odd:
+        name, file = odd[0]
+        raise CheckpointError(
+            f"{index} and the shards disagree about {len(odd)} tensors, such as "
+            f"{name!r} in {file}."
+        )
+
+
+def copy_rest(base: Path, out: Path) -> None:
+    """Copies what is no weight: tokenizer, templates, licenses; folders too.
+
+    Hidden files are left out, and so is `config.json`, which the caller writes.
+    """
+    for source in sorted(base.iterdir()):
+        name = source.name
+        if name.startswith(".") or name.endswith(_WEIGHTS) or name == CONFIG:
+            continue
+        if source.is_dir():
+            copied = shutil.ignore_patterns(".*", *(f"*{end}" for end in _WEIGHTS))
+            shutil.copytree(source, out / name, ignore=copied)
+        elif source.is_file():
+            shutil.copyfile(source, out / name)

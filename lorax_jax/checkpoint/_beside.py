@@ -1,0 +1,82 @@
+"""What lies beside an adapter: a model card, and the tokenizer."""
+
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .._errors import CheckpointError
+from ._record import FileSite
+
+# What tokenizers of Transformers are made of.
+_TOKENIZER = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "merges.txt",
+    "sentencepiece.bpe.model",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+
+
+def write_card(folder: Path, base: str | None, sites: Sequence[FileSite]) -> None:
+    """Writes a short `README.md` with the hub's front matter.
+
+    Args:
+        folder: where to.
+        base: the base model; a hub id goes into the front matter.
+        sites: what the adapter adapts.
+    """
+    ranks = sorted({site.rank for site in sites})
+    modules = sorted({re.split(r"[./]", site.key)[-1] for site in sites})
+    front = ["library_name: peft", "tags:", "- lora", "- lorax-jax"]
+    if base is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", base):
+        front.insert(0, f"base_model: {base}")
+    text = f"""---
+{chr(10).join(front)}
+---
+
+# LoRA adapter
+
+A LoRA adapter{f" for `{base}`" if base else ""}, made with lorax-jax: {len(sites)}
+weights, rank {" to ".join(map(str, dict.fromkeys((ranks[0], ranks[-1]))))}.
+
+Adapted: {", ".join(f"`{name}`" for name in modules)}.
+"""
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def write_tokenizer(folder: Path, tokenizer: Any) -> None:
+    """Saves a tokenizer into `folder`, or copies its files from a folder.
+
+    Args:
+        folder: where to.
+        tokenizer: what has `save_pretrained`, or a folder.
+
+    Raises:
+        CheckpointError: if it is neither, or the folder holds no tokenizer.
+    """
+    if hasattr(tokenizer, "save_pretrained"):
+        tokenizer.save_pretrained(str(folder))
+        return
+    if not isinstance(tokenizer, str | os.PathLike) or not Path(tokenizer).is_dir():
+        raise CheckpointError(
+            f"`tokenizer` = {tokenizer!r:.80} has no `save_pretrained` and is no "
+            "folder. Give a tokenizer of Transformers, or the folder of one."
+        )
+    found = [name for name in _TOKENIZER if (Path(tokenizer) / name).is_file()]
+    if not found:
+        raise CheckpointError(
+            f"`tokenizer` = {str(tokenizer)!r} holds no tokenizer's files, such as "
+            "tokenizer.json."
+        )
+    for name in found:
+        shutil.copyfile(Path(tokenizer) / name, folder / name)

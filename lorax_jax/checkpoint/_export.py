@@ -1,0 +1,299 @@
+"""`export_merged`: an adapter merged into a checkpoint, one tensor at a time."""
+
+import json
+import math
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from .._errors import CheckpointError
+from .._names import NameMap
+from ..adapters import Adapter
+from ._atomic import check_space, replacing
+from ._base_folder import CONFIG, INDEX, SINGLE, BaseFolder, copy_rest, open_base
+from ._pieces import TOKEN_TABLES, Piece, pieces_of
+from ._safetensors import FLOATS, code_of
+from ._stream import Output, write_file
+
+# Written into every export, so that a later one may replace it.
+MARK = "lorax_jax_export.json"
+
+
+class Export(NamedTuple):
+    """What `export_merged` wrote.
+
+    Attributes:
+        merged: tensors that an adapter changed.
+        copied: how many it did not.
+        untied: whether the head got a tensor of its own.
+    """
+
+    merged: tuple[str, ...]
+    copied: int
+    untied: bool
+
+
+def export_merged(
+    base_dir: str | os.PathLike,
+    adapter: Any,
+    out_dir: str | os.PathLike,
+    *,
+    names: Any = None,
+    weights: Sequence[float] | None = None,
+    dtype: Any = None,
+    max_shard_size: int | str | None = None,
+    safe: bool = True,
+    overwrite: bool = False,
+) -> Export:
+    r"""Writes the model that an adapter makes of a checkpoint, as a checkpoint.
+
+    $$W' = \operatorname{round}\Big(W + \sum_i w_i\,s_i\,A_i B_i\Big)$$
+
+    Reads and writes safetensors, one tensor in memory at a time and its sum in float32
+    in blocks, so the peak stays below twice the largest tensor and the adapter. The
+    bytes are those that `merge` gives on the CPU. Tensors that no adapter changes are
+    copied bit for bit, and so is every other file that holds no weights.
+
+    A tied table adapted for both its uses stays tied. Adapted for one of them, the head
+    gets a tensor of its own, and `tie_word_embeddings` in `config.json` becomes false.
+
+    Args:
+        base_dir: the model's folder: `config.json` and safetensors.
+        adapter: an `Adapter`, the folder of one, or a list of those.
+        out_dir: the folder to write. It appears whole or not at all.
+        names: the model's name table, a `NameMap` or its entries. Folders with PEFT's
+            keys do without.
+        weights: one multiplier for each adapter; `None` is 1 for all.
+        dtype: of all floating tensors; `None` keeps each one's.
+        max_shard_size: bytes per file, or a text such as `"5GB"`; `None` keeps the
+            base's files.
+        safe: refuse if a merged tensor holds NaN or infinity.
+        overwrite: replace `out_dir` even if it holds something else than an earlier
+            export.
+
+    Returns:
+        An `Export`.
+
+    Raises:
+        CheckpointError: if something does not fit, or `out_dir` is in use. Nothing is
+            written then.
+        AdapterError: if the adapter is more than LoRA; with `safe`, see there.
+
+    Example:
+        >>> import lorax_jax as lj
+        >>> lj.export_merged("SmolLM2-135M", "my-adapter", "out")  # doctest: +SKIP
+    """
+    several = isinstance(adapter, list | tuple) and not isinstance(adapter, Adapter)
+    adapters = list(adapter) if several else [adapter]
+    if not adapters or (weights is not None and len(weights) != len(adapters)):
+        count = "no" if weights is None else len(weights)
+        raise CheckpointError(
+            f"`weights` has {count} entries for {len(adapters)} adapters. Give one "
+            "adapter or more, and a multiplier for each in the same order."
+        )
+    table = None if names is None else NameMap.of(names)
+    wanted = None if dtype is None else code_of(jnp.dtype(dtype))
+    limit = None if max_shard_size is None else _bytes(max_shard_size)
+    _check_out(Path(base_dir), adapters, Path(out_dir), overwrite)
+    with open_base(base_dir) as base:
+        changes = _Changes(base, table)
+        for one, weight in zip(adapters, weights or [1.0] * len(adapters), strict=True):
+            for piece in pieces_of(one, base, table):
+                changes.add(piece, float(weight))
+        outputs = changes.outputs(wanted)
+        sizes = {output.name: _size(output, base) for output in outputs}
+        files = _files(outputs, sizes, base, limit)
+        check_space(out_dir, sum(sizes.values()) + (16 << 20))
+        with replacing(out_dir, keep=False) as folder:
+            for file, group in files.items():
+                write_file(folder / file, base, group, safe=safe)
+            copy_rest(base.path, folder)
+            _write_config(folder, base, changes.untied, wanted)
+            if len(files) > 1 or (base.metadata is not None and limit is None):
+                _write_index(folder, base, files, sum(sizes.values()))
+            merged = tuple(output.name for output in outputs if output.pieces)
+            mark = {"base": str(base_dir), "merged": sorted(merged)}
+            (folder / MARK).write_text(json.dumps(mark, indent=2) + "\n")
+        return Export(merged, len(outputs) - len(merged), changes.untied)
+
+
+class _Changes:
+    """What is added to which tensor, and what becomes of a tie."""
+
+    def __init__(self, base: BaseFolder, names: NameMap | None):
+        self.base = base
+        self.head = f"{'lm_head' if names is None else names.head}.weight"
+        self.pieces: list[tuple[Piece, float]] = []
+
+    def add(self, piece: Piece, weight: float) -> None:
+        """Adds one change."""
+        self.pieces.append((piece, weight))
+
+    @property
+    def untied(self) -> bool:
+        """Whether a tie must be given up: one use of the table is adapted alone."""
+        return _has_head(self.base.config) and any(p.use for p, _ in self.pieces)
+
+    def outputs(self, code: str | None) -> list[Output]:
+        """Every tensor of the new checkpoint, in the order of the old one."""
+        base, found = self.base, []
+        for name in base:
+            entry = base.entry(name)
+            new = entry.code if code is None or entry.code not in FLOATS else code
+            pieces = [(p, w) for p, w in self.pieces if p.tensor == name]
+            if name == self.head and self._table is not None:
+                pieces = self._on_head(self._table)
+            found.append(Output(name, name, new, entry.shape, tuple(pieces)))
+            if self.untied and name == self._table and self.head not in base:
+                self._check_prefix(name)
+                head = tuple(self._on_head(name))
+                found.append(Output(self.head, name, new, entry.shape, head))
+        return found
+
+    @property
+    def _table(self) -> str | None:
+        """The table that the head is tied to, as far as any change concerns it."""
+        for piece, _ in self.pieces:
+            if piece.use == "lookup":
+                return piece.tensor
+            if piece.use == "head" and piece.source != self.head:
+                return piece.source
+        if self.head in self.base and not self.base.config.get("tie_word_embeddings"):
+            return None
+        names = (p.tensor for p, _ in self.pieces if p.layout == "same")
+        return next((n for n in names if n.split(".")[-2] in TOKEN_TABLES), None)
+
+    def _on_head(self, table: str) -> list[tuple[Piece, float]]:
+        found = []
+        for piece, weight in self.pieces:
+            if piece.tensor == self.head:
+                found.append((piece, weight))
+            elif piece.tensor == table and piece.use is None:
+                found.append((piece.on_head(self.head), weight))
+        return found
+
+    def _check_prefix(self, table: str) -> None:
+        """A checkpoint of the model without its head has no place for one."""
+        bare = ("h.", "layers.", "wte.", "embed_tokens.")
+        if table.startswith(bare):
+            raise CheckpointError(
+                f"The adapter acts in one use of {table} only, so the head needs a "
+                f"tensor of its own, and {self.base.path} is a checkpoint without a "
+                "head. Load it with Transformers' class that has one and save it."
+            )
+
+
+def _has_head(config: dict[str, Any]) -> bool:
+    """Whether the architecture ends in a language model's head."""
+    found = config.get("architectures") or []
+    return not found or any("LM" in a or "Generation" in a for a in map(str, found))
+
+
+def _check_out(base: Path, adapters: Sequence[Any], out: Path, overwrite: bool) -> None:
+    final = Path(os.path.realpath(out))
+    folders = [base, *(a for a in adapters if isinstance(a, str | os.PathLike))]
+    for folder in (Path(os.path.realpath(f)) for f in folders):
+        if final == folder or final in folder.parents or folder in final.parents:
+            raise CheckpointError(
+                f"`out_dir` = {out} and {folder} are one folder, or one lies in the "
+                "other. The export is written to a folder of its own."
+            )
+    if final.is_dir() and any(final.iterdir()) and not (final / MARK).is_file():
+        if not overwrite:
+            found = sorted(path.name for path in final.iterdir())[:4]
+            raise CheckpointError(
+                f"`out_dir` = {out} holds {found} and was not written by an earlier "
+                "export. Choose another folder, or say `overwrite=True` to replace it."
+            )
+
+
+def _bytes(size: int | str) -> int:
+    """A number of bytes from a number or a text.
+
+    >>> _bytes("5GB"), _bytes("1.5 MB"), _bytes(10)
+    (5000000000, 1500000, 10)
+    """
+    if isinstance(size, int) and size > 0:
+        return size
+    found = re.fullmatch(r"([0-9.]+)\s*([KMGT]?)(i?)B", str(size), re.IGNORECASE)
+    try:
+        assert found is not None
+        step = 1024 if found[3] else 1000
+        result = int(float(found[1]) * step ** " KMGT".index(found[2].upper() or " "))
+        assert result > 0
+    except (AssertionError, ValueError):
+        raise CheckpointError(
+            f"`max_shard_size` = {size!r} is no number of bytes. Write e.g. '5GB'."
+        ) from None
+    return result
+
+
+def _size(output: Output, base: BaseFolder) -> int:
+    if output.code not in FLOATS:
+        return base.entry(output.source).size
+    return math.prod(output.shape) * FLOATS[output.code].itemsize
+
+
+def _files(
+    outputs: Sequence[Output],
+    sizes: dict[str, int],
+    base: BaseFolder,
+    limit: int | None,
+) -> dict[str, list[Output]]:
+    """Which tensors go into which file."""
+    if limit is None:
+        found: dict[str, list[Output]] = {}
+        for output in outputs:
+            found.setdefault(base.file(output.source), []).append(output)
+        return found
+    groups: list[list[Output]] = []
+    room = 0
+    for output in outputs:
+        if not groups or sizes[output.name] > room:
+            groups.append([])
+            room = limit
+        groups[-1].append(output)
+        room -= sizes[output.name]
+    if len(groups) == 1:
+        return {SINGLE: groups[0]}
+    return {
+        f"model-{i:05d}-of-{len(groups):05d}.safetensors": group
+        for i, group in enumerate(groups, 1)
+    }
+
+
+def _write_config(
+    folder: Path, base: BaseFolder, untied: bool, code: str | None
+) -> None:
+    config = dict(base.config)
+    if untied:
+        config["tie_word_embeddings"] = False
+        if isinstance(config.get("text_config"), dict):
+            config["text_config"] = config["text_config"] | {
+                "tie_word_embeddings": False
+            }
+    if code is not None:
+        field = "torch_dtype" if "torch_dtype" in config else "dtype"
+        names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+        config[field] = names.get(code, str(np.dtype(FLOATS[code])))
+    if config == base.config:
+        (folder / CONFIG).write_bytes((base.path / CONFIG).read_bytes())
+    else:
+        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _write_index(
+    folder: Path, base: BaseFolder, files: dict[str, list[Output]], size: int
+) -> None:
+    index = {
+        "metadata": {**(base.metadata or {}), "total_size": size},
+        "weight_map": dict(
+            sorted((o.name, file) for file, group in files.items() for o in group)
+        ),
+    }
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")

@@ -1,0 +1,115 @@
+"""Opening an adapter's folder: the two files, checked before anything is read."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .. import _peft
+from .._errors import CheckpointError
+from .._json import parse_json, read_json
+from ._record import FIELD, Record, decode
+from ._safetensors import Reader
+
+CONFIG = "adapter_config.json"
+TENSORS = "adapter_model.safetensors"
+PICKLE = "adapter_model.bin"
+# `peft_type` of files whose keys are our paths: PEFT refuses a type that it does not
+# know, where it would silently skip keys that it does not know.
+OURS = "LORAX_JAX"
+
+# An adapter on every expert of a large mixture has some 100,000 tensors.
+_MOST_HEADER = 32 << 20
+_MOST_TENSORS = 200_000
+
+
+class AdapterFiles(NamedTuple):
+    """An adapter's folder, open.
+
+    Attributes:
+        folder: where it is.
+        config: the fields of `adapter_config.json`; empty if there is none.
+        tensors: the open file of tensors.
+        record: our metadata, or `None` in a file that others wrote.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    tensors: Reader
+    record: Record | None
+
+    @property
+    def what(self) -> str:
+        """What to call the configuration in messages."""
+        return str(self.folder / CONFIG)
+
+
+@contextlib.contextmanager
+def open_adapter(folder: str | os.PathLike) -> Iterator[AdapterFiles]:
+    """Opens an adapter's folder.
+
+    Nothing in it is executed and no path in it is followed. The configuration must be
+    one of plain LoRA, and if the file of tensors has metadata of ours, the two must
+    agree about every rank and scale.
+
+    Args:
+        folder: holds `adapter_model.safetensors`, and `adapter_config.json` unless the
+            tensors carry our metadata.
+
+    Raises:
+        CheckpointError: if anything about it is not as it should be.
+    """
+    folder = Path(folder)
+    if not (folder / TENSORS).is_file():
+        raise CheckpointError(_absent(folder))
+    config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    limits = {"header": _MOST_HEADER, "tensors": _MOST_TENSORS}
+    with Reader(folder / TENSORS, **limits) as tensors:
+        text = tensors.metadata.get(FIELD)
+        what = str(folder / TENSORS)
+        record = None
+        if text is not None:
+            parsed = parse_json(text.encode(), f"The metadata of {what}")
+            record = decode(parsed, what)
+        files = AdapterFiles(folder, config, tensors, record)
+        if record is None and not config:
+            raise CheckpointError(
+                f"{folder} has no {CONFIG}, so the ranks and scales of its factors are "
+                "not known. Put the file that was saved with them beside them."
+            )
+        if config and (record is None or record.keys == "peft"):
+            _peft.check_fields(config, files.what)
+            if record is not None:
+                _check_agreement(files, record)
+        yield files
+
+
+def _absent(folder: Path) -> str:
+    if (folder / PICKLE).is_file():
+        return (
+            f"{folder} holds {PICKLE}, a pickle, which runs code when it is read, and "
+            f"no {TENSORS}. Open it where you trust it and save it with "
+            "`safe_serialization=True`."
+        )
+    if not folder.is_dir():
+        return f"{folder} is no folder. An adapter is a folder that holds {TENSORS}."
+    found = sorted(path.name for path in folder.iterdir())[:8]
+    inside = [name for name in found if (folder / name / TENSORS).is_file()]
+    hint = f" Did you mean {folder / inside[0]}?" if inside else ""
+    return f"{folder} holds no {TENSORS}; it holds {found}.{hint}"
+
+
+def _check_agreement(files: AdapterFiles, record: Record) -> None:
+    """The configuration can be edited by hand, and then says something else."""
+    ranks = _peft.Ranks(files.config, files.what)
+    for site in record.sites:
+        rank, _, scale = ranks(site.key)
+        close = abs(scale - site.scale) <= 1e-6 * max(abs(scale), abs(site.scale))
+        if rank != site.rank or not close:
+            raise CheckpointError(
+                f"{CONFIG} and {TENSORS} in {files.folder} disagree about {site.key}: "
+                f"rank {rank} and scale {scale:g} in the one, {site.rank} and "
+                f"{site.scale:g} in the other. One of them was changed. To follow the "
+                "configuration, remove the tensors' metadata and give `names`."
+            )

@@ -1,0 +1,167 @@
+"""The sites of a file that PEFT wrote, from its keys and its configuration."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from .. import _peft
+from .._errors import CheckpointError
+from .._names import NameMap
+from ..adapters import Use
+from ..planning import Plan
+from ._files import TENSORS, AdapterFiles
+from ._keys import keys, parse, prefix_of
+from ._record import FileSite
+from ._resolve import Tree
+from ._safetensors import Reader
+from ._sites import is_shared
+
+
+class Found(NamedTuple):
+    """What a PEFT file holds and lacks.
+
+    Attributes:
+        prefix: what its keys start with.
+        sites: its sites.
+        missing: keys that its configuration promises and the file does not have.
+    """
+
+    prefix: str
+    sites: list[FileSite]
+    missing: list[str]
+
+
+def peft_sites(
+    files: AdapterFiles, names: NameMap, tree: Tree, plan: Plan | None
+) -> Found:
+    """Reads the sites off a file's keys; ranks and scales off its configuration.
+
+    Keys of modules that `names` or the parameters do not have are left to the caller:
+    no site claims them.
+
+    Args:
+        files: the open folder.
+        names: the model's name table.
+        tree: the parameters.
+        plan: a plan, which knows whether an embedding is tied.
+    """
+    ranks = _peft.Ranks(files.config, files.what)
+    rate = _rate(files)
+    prefix = prefix_of(files.tensors.entries)
+    modules: dict[str, bool] = {}
+    for key in files.tensors.entries:
+        parsed = parse(key, prefix)
+        if parsed is not None:
+            modules.setdefault(parsed.module, parsed.table)
+    tied = _tied(names, tree, plan)
+    table = None if tied is None else names.module(tied)
+    shared = table is not None and _is_shared(files, table, names.head, prefix, plan)
+    sites = []
+
+    def add(module: str, path: str, use: Use | None, head: str | None = None) -> None:
+        rank, alpha, scale = ranks(module)
+        sites.append(
+            FileSite(
+                path=path,
+                use=use,
+                key=module,
+                tied=head,
+                table=modules[module] if module in modules else True,
+                rank=rank,
+                alpha=alpha,
+                scale=scale,
+                dropout=rate,
+            )
+        )
+
+    for module in modules:
+        path = names.module_path(module)
+        if path is not None and tree.knows(path):
+            if path != tied:
+                add(module, path, None)
+            elif shared:
+                add(module, path, None, names.head)
+            else:
+                add(module, path, "lookup")
+        elif path is None and module == names.head and tied is not None and not shared:
+            add(module, tied, "head")
+    return Found(prefix, sites, _promised(files, names, tree, tied, modules, prefix))
+
+
+def _rate(files: AdapterFiles) -> float:
+    rate = _peft.number(files.config, "lora_dropout", files.what)
+    if not 0 <= rate < 1:
+        raise CheckpointError(
+            f"{files.what} has `lora_dropout` = {rate}; a probability in [0, 1) is "
+            "meant."
+        )
+    return float(rate)
+
+
+def _tied(names: NameMap, tree: Tree, plan: Plan | None) -> str | None:
+    """The path of an embedding whose two uses PEFT adapts separately."""
+    path = names.tied
+    if path is None or not tree.knows(path) or names.module_path(names.head):
+        return None
+    if plan is not None and not any(
+        site.path == path and (site.use or is_shared(plan, site)) for site in plan
+    ):
+        return None
+    return path
+
+
+def _is_shared(
+    files: AdapterFiles, table: str, head: str, prefix: str, plan: Plan | None
+) -> bool:
+    """Whether embedding and head hold one adapter, each the other's transpose."""
+    one = keys(table, table=True, prefix=prefix)
+    other = keys(head, table=False, prefix=prefix)
+    ensured = bool(files.config.get("ensure_weight_tying"))
+    if plan is not None and any(is_shared(plan, site) for site in plan):
+        return True
+    if not all(key in files.tensors.entries for key in (*one, *other)):
+        return ensured and one[0] in files.tensors.entries
+    same = mirrored(files.tensors, one, other)
+    if ensured and not same:
+        raise CheckpointError(
+            f"{files.what} ensures that {table!r} and {head!r} have one adapter, and "
+            f"{TENSORS} holds two. Set `ensure_weight_tying` to false to load both."
+        )
+    return same
+
+
+def mirrored(tensors: Reader, table: tuple[str, str], head: tuple[str, str]) -> bool:
+    """Whether the head's factors are those of the embedding, the other way round."""
+    for one, other in ((table[0], head[1]), (table[1], head[0])):
+        left, right = tensors.entries[one], tensors.entries[other]
+        if left.dtype != right.dtype or left.shape != right.shape[::-1]:
+            return False
+        if left.dtype is not None and not np.array_equal(
+            tensors.read(one), tensors.read(other).T
+        ):
+            return False
+    return True
+
+
+def _promised(
+    files: AdapterFiles,
+    names: NameMap,
+    tree: Tree,
+    tied: str | None,
+    modules: Mapping[str, bool],
+    prefix: str,
+) -> list[str]:
+    """Keys of modules that the targets take and that have no key at all."""
+    chosen = _peft.Targets(files.config, files.what)
+    if chosen.targets is None or chosen.all_linear:
+        return []
+    known: dict[str, bool] = {
+        module.name: module.path.split("/")[-1] == "embedding"
+        for module in names.expand(tree.layers())
+        if tree.knows(module.path)
+    }
+    if tied is not None:
+        known[names.head] = False
+    lost = [m for m in known if m not in modules and chosen(m)]
+    return [key for m in lost for key in keys(m, table=known[m], prefix=prefix)]

@@ -1,0 +1,217 @@
+"""What a file says about its sites: our own metadata in the safetensors header.
+
+PEFT's configuration has no word for the axes of a weight or for one use of a tied
+weight. The metadata has, so that our files load without a plan, a name table or the
+configuration beside them. It is written in terms of single layers: a stacked model and
+an unrolled one write the same file.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from .._errors import CheckpointError
+from ..adapters import Use
+
+# The metadata's name in the header, and the version that this code writes.
+FIELD = "lorax_jax"
+VERSION = 1
+
+Keys = Literal["peft", "paths"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """The axes of one site's weight, a single layer's.
+
+    Attributes:
+        shape: its shape.
+        inputs: axes that A runs along.
+        outputs: axes that B runs along.
+        batch: axes that are neither: experts.
+        lookup: whether the weight is an embedding, looked up along `inputs`.
+        stack: where the layers' axes are in a stacked leaf if not in front.
+    """
+
+    shape: tuple[int, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    batch: tuple[int, ...] = ()
+    lookup: bool = False
+    stack: tuple[int, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class FileSite:
+    """One site of a file.
+
+    Attributes:
+        path: its path, a single layer's.
+        use: the only use of a tied weight that it adapts, or `None`.
+        key: what stands before the ending in its keys: a module's name, or the path.
+        tied: the module that holds the same factors the other way round, where an
+            adapter of a tied weight is seen by both its uses.
+        table: whether its keys are those of an embedding.
+        rank: columns of A.
+        alpha: numerator of the scale.
+        scale: the multiplier.
+        dropout: probability of dropping an input of A.
+        part: roles of the axes; `None` where the file does not say.
+        base: what `fingerprint` gives for the weight that it was trained on.
+    """
+
+    path: str
+    use: Use | None
+    key: str
+    tied: str | None
+    table: bool
+    rank: int
+    alpha: float
+    scale: float
+    dropout: float
+    part: Part | None = None
+    base: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """The metadata of a file.
+
+    Attributes:
+        keys: `"peft"` if keys are PEFT's, `"paths"` if they are our paths.
+        rslora: whether scales are `alpha / sqrt(rank)`.
+        sites: what the file holds.
+    """
+
+    keys: Keys
+    rslora: bool
+    sites: tuple[FileSite, ...]
+
+    def encode(self) -> dict[str, str]:
+        """The header's metadata."""
+        whole = {"version": VERSION, **dataclasses.asdict(self)}
+        for site in whole["sites"]:  # leave out what says nothing
+            for fields in (site, site["part"] or {}):
+                for name in [n for n, v in fields.items() if v is None]:
+                    del fields[name]
+        return {"format": "pt", FIELD: json.dumps(whole, separators=(",", ":"))}
+
+
+def decode(text: Any, what: str) -> Record:
+    """Reads a file's metadata, which anybody may have written.
+
+    Args:
+        text: the parsed JSON.
+        what: the file, for messages.
+
+    Raises:
+        CheckpointError: if it is not what `encode` writes.
+    """
+    read = _Fields(text, f"The metadata of {what}")
+    version = read("version", int)
+    if version != VERSION:
+        raise CheckpointError(
+            f"{what} has metadata of version {version}; this release reads version "
+            f"{VERSION}. Load it with the release of lorax-jax that wrote it."
+        )
+    sites = tuple(_site(site, what) for site in read("sites", list))
+    for label, seen in (
+        ("sites", [(site.path, site.use) for site in sites]),
+        ("keys", [k for site in sites for k in (site.key, site.tied) if k is not None]),
+    ):
+        if len(set(seen)) < len(seen):
+            raise read.bad(f"`{label}`, some of them twice,", sorted(map(str, seen)))
+    return Record(
+        keys=read("keys", str, ("peft", "paths")),
+        rslora=read("rslora", bool),
+        sites=sites,
+    )
+
+
+def _site(site: Any, what: str) -> FileSite:
+    read = _Fields(site, f"The metadata of {what}")
+    part = read("part", dict, optional=True)
+    rank, scale, dropout = (
+        read("rank", int),
+        read("scale", float),
+        read("dropout", float),
+    )
+    if not 1 <= rank < 1 << 24 or not math.isfinite(scale) or not 0 <= dropout < 1:
+        raise read.bad("rank, scale and dropout", (rank, scale, dropout))
+    return FileSite(
+        path=read("path", str),
+        use=read("use", str, ("lookup", "head"), optional=True),
+        key=read("key", str),
+        tied=read("tied", str, optional=True),
+        table=read("table", bool),
+        rank=rank,
+        alpha=read("alpha", float),
+        scale=scale,
+        dropout=dropout,
+        part=None if part is None else _part(part, what),
+        base=read("base", str, optional=True),
+    )
+
+
+def _part(part: Any, what: str) -> Part:
+    read = _Fields(part, f"The metadata of {what}")
+    found = Part(
+        shape=read.sizes("shape"),
+        inputs=read.sizes("inputs"),
+        outputs=read.sizes("outputs"),
+        batch=read.sizes("batch"),
+        lookup=read("lookup", bool),
+        stack=read.sizes("stack") if part.get("stack") is not None else None,
+    )
+    axes = (*found.inputs, *found.outputs, *found.batch)
+    if sorted(axes) != list(range(len(found.shape))) or not (
+        found.inputs and found.outputs
+    ):
+        raise read.bad("shape and axes", (found.shape, *axes))
+    return found
+
+
+class _Fields:
+    """Reads typed fields of an object."""
+
+    def __init__(self, fields: Any, what: str):
+        self.fields = fields if isinstance(fields, Mapping) else {}
+        self.what = what
+
+    def __call__(
+        self,
+        name: str,
+        kind: type,
+        among: Sequence[Any] | None = None,
+        *,
+        optional: bool = False,
+    ) -> Any:
+        value = self.fields.get(name)
+        if value is None and optional:
+            return None
+        kinds = (int, float) if kind is float else (kind,)
+        wrong = isinstance(value, bool) and kind is not bool
+        if not isinstance(value, kinds) or wrong or (among and value not in among):
+            raise self.bad(f"`{name}`", value)
+        if kind is float and not abs(value) < 1e30:
+            raise self.bad(f"`{name}`", value)
+        return value
+
+    def sizes(self, name: str) -> tuple[int, ...]:
+        """A short list of small integers."""
+        values = self(name, list)
+        for n in values:
+            if isinstance(n, bool) or not isinstance(n, int) or not 0 <= n < 1 << 48:
+                raise self.bad(f"`{name}`", values)
+        if len(values) > 16:
+            raise self.bad(f"`{name}`", values)
+        return tuple(values)
+
+    def bad(self, label: str, value: Any) -> CheckpointError:
+        return CheckpointError(
+            f"{self.what} has {label} = {value!r:.80}, which `save_adapter` never "
+            "writes: the file was changed or damaged. If PEFT's keys and "
+            "adapter_config.json are right, remove the metadata and give `names`."
+        )

@@ -1,0 +1,254 @@
+"""`save_adapter`: an adapter as PEFT's files."""
+
+import collections
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from .. import _paths, _peft
+from .._errors import AdapterError, CheckpointError
+from .._names import NameMap
+from ..adapters import Adapter, Fixed, is_weight
+from ..planning import Plan
+from ._atomic import check_space, replacing
+from ._beside import write_card, write_tokenizer
+from ._factors import Matrices, host, split
+from ._files import CONFIG, OURS, TENSORS
+from ._fingerprint import fingerprints
+from ._keys import PREFIX, keys
+from ._record import FileSite, Record
+from ._resolve import is_index
+from ._safetensors import Writer, code_of
+from ._sites import Placed, placed_sites
+
+
+def save_adapter(
+    dir: str | os.PathLike,
+    adapter: Adapter,
+    *,
+    plan: Plan,
+    names: Any = None,
+    params: Any = None,
+    base_model_name_or_path: str | os.PathLike | None = None,
+    task_type: str | None = None,
+    tokenizer: Any = None,
+) -> None:
+    """Writes an adapter to a folder, as PEFT does.
+
+    With `names` the folder is one that PEFT, vLLM and others open:
+
+    - `adapter_model.safetensors`: for a module `m` of rank r the tensors
+      `base_model.model.m.lora_A.weight`, `(r, d_in)`, our `a` transposed, and
+      `base_model.model.m.lora_B.weight`, `(d_out, r)`, our `b` transposed. Embeddings
+      have `.lora_embedding_A`, `(r, rows)`, and `.lora_embedding_B`. Several input or
+      output axes are flattened into one. Stacks are written layer by layer at true
+      ranks, in the dtype that they are stored in.
+    - `adapter_config.json`: `r`, `lora_alpha` and patterns from which PEFT finds
+      exactly these ranks and scales, and whole module names as targets.
+    - `README.md`, a model card, unless there is one.
+
+    Without `names` the folder holds the same files, with `<path>.lora_A.weight` and
+    `<path>.lora_B.weight` for keys, and PEFT refuses it.
+
+    Either way the tensors' header records the axes, ranks and scales of every site, so
+    `load_adapter` needs nothing beside the parameters. A stacked model and an unrolled
+    one write the same file.
+
+    A shared adapter of a tied embedding is written as PEFT's `ensure_weight_tying`
+    does: on the embedding, and transposed on the head.
+
+    The folder appears whole or not at all, and an older one is never damaged; see
+    `lorax_jax/checkpoint/README.md`.
+
+    Args:
+        dir: the folder. Other files in it are kept.
+        adapter: what to save.
+        plan: the plan that it was made with; for a loaded adapter, `receipt.plan`.
+        names: the model's name table, a `NameMap` or its entries.
+        params: the parameters that it was trained on. Their fingerprint goes into the
+            header, and `load_adapter` then refuses another base of the same shape.
+        base_model_name_or_path: where the base is, a hub id or a folder.
+        task_type: PEFT's, e.g. `"CAUSAL_LM"`.
+        tokenizer: what has `save_pretrained`, or a folder to copy a tokenizer's files
+            from.
+
+    Raises:
+        AdapterError: if the adapter is not one of the plan, or is more than LoRA.
+        CheckpointError: if PEFT's format cannot hold it, or the disk is full.
+
+    Example:
+        >>> import tempfile, jax, jax.numpy as jnp, lorax_jax as lj
+        >>> params = {"q": {"kernel": jnp.ones((3, 2))}}
+        >>> plan = lj.plan(lj.LoraConfig("q/kernel", rank=1), params,
+        ...                fn=lambda p, x: x @ p["q"]["kernel"], args=(jnp.ones(3),))
+        >>> adapter = lj.init(plan, params, key=jax.random.key(0))
+        >>> names = [("q/kernel", "q.weight", "linear")]
+        >>> folder = tempfile.mkdtemp()
+        >>> save_adapter(folder, adapter, plan=plan, names=names)
+        >>> sorted(os.listdir(folder))
+        ['README.md', 'adapter_config.json', 'adapter_model.safetensors']
+    """
+    table = None if names is None else NameMap.of(names)
+    _check(adapter, plan)
+    placed = placed_sites(plan, table)
+    sites, tensors = _contents(adapter, plan, placed, params, table is not None)
+    base = None if base_model_name_or_path is None else str(base_model_name_or_path)
+    rslora = plan.config.rslora
+    if table is None:
+        config = {
+            "peft_type": OURS,
+            "base_model_name_or_path": base,
+            "task_type": task_type,
+        }
+    else:
+        config = _config(sites, table, rslora)
+        config |= {"base_model_name_or_path": base, "task_type": task_type}
+    record = Record("paths" if table is None else "peft", rslora, tuple(sites))
+    metadata = record.encode()
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    check_space(dir, size + len(str(metadata)) + (1 << 20))
+    # Widest dtype first, as safetensors itself orders them, so that all are aligned.
+    order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
+    entries = [(n, code_of(tensors[n].dtype), tensors[n].shape) for n in order]
+    with replacing(dir, keep=True) as folder:
+        with Writer(folder / TENSORS, entries, metadata) as file:
+            for name in order:
+                file.write(tensors[name])
+        (folder / CONFIG).write_text(
+            json.dumps(config, indent=2, sort_keys=True) + "\n"
+        )
+        if not os.path.exists(os.path.join(dir, "README.md")):
+            write_card(folder, base, sites)
+        if tokenizer is not None:
+            write_tokenizer(folder, tokenizer)
+
+
+def _check(adapter: Adapter, plan: Plan) -> None:
+    slots = {slot.name: slot for slot in plan.slots}
+    if not isinstance(adapter, Adapter) or set(adapter.fixed) != set(slots):
+        found = sorted(adapter.fixed) if isinstance(adapter, Adapter) else []
+        odd = sorted(set(found) ^ set(slots))
+        raise AdapterError(
+            f"The adapter is not one of the plan: they differ about {odd[:4]}. Give "
+            "the plan that it was made with; for a loaded adapter, `receipt.plan`."
+        )
+    for name, fixed in adapter.fixed.items():
+        more = (set(adapter.train[name]) - {"a", "b"}) | (
+            set(fixed) - {"scale", "rank", "dropout"}
+        )
+        if more:
+            raise AdapterError(
+                f"The adapter of {name!r} keeps {sorted(more)} beside A and B, for "
+                "which the file has no place. Convert it to plain LoRA first: "
+                "`lj.to_lora(adapter)`."
+            )
+        if fixed.role != slots[name].role:
+            raise AdapterError(
+                f"The adapter's axes of {name!r}, {fixed.role}, are not the plan's, "
+                f"{slots[name].role}. Give the plan that it was made with."
+            )
+
+
+def _contents(
+    adapter: Adapter,
+    plan: Plan,
+    placed: Sequence[Placed],
+    params: Any,
+    peft: bool,
+) -> tuple[list[FileSite], dict[str, np.ndarray]]:
+    """What the file holds: its sites, and its tensors by key."""
+    leaves = dict(_paths.flatten(params, is_leaf=is_weight)[0])
+    by_slot: dict[str, dict[int, FileSite]] = {}
+    for site, slot, i in placed:
+        by_slot.setdefault(slot.name, {})[i] = site
+    sites, tensors = [], {}
+    for slot in plan.slots:
+        fixed = adapter.fixed[slot.name]
+        bases = fingerprints(slot, leaves)
+        for i, _, matrices in split(slot, adapter.train[slot.name], fixed):
+            site = by_slot[slot.name][i]
+            base = None if bases is None else bases[i]
+            site = dataclasses.replace(
+                site, base=base, **_numbers(site, fixed, i, plan)
+            )
+            sites.append(site)
+            found = _tensors(site, matrices, PREFIX if peft else "")
+            for key in set(found) & set(tensors):
+                raise CheckpointError(
+                    f"Two sites of the plan have the key {key}. `names` must take each "
+                    "path to a module of its own."
+                )
+            tensors |= found
+    # In the order of paths, so that stacked and unrolled models write the same file.
+    return sorted(
+        sites, key=lambda site: (_natural(site.path), site.use or "")
+    ), tensors
+
+
+def _tensors(site: FileSite, matrices: Matrices, prefix: str) -> dict[str, np.ndarray]:
+    down, up = keys(site.key, table=site.table, prefix=prefix)
+    found = {down: matrices[0], up: matrices[1]}
+    if site.tied is not None:
+        # The head multiplies by the transposed table: its A is B's transpose.
+        down, up = keys(site.tied, table=False, prefix=prefix)
+        found |= {down: matrices[1].T, up: matrices[0].T}
+    return found
+
+
+def _numbers(site: FileSite, fixed: Fixed, i: int, plan: Plan) -> dict[str, float]:
+    """Scale and alpha as they act, which is what the adapter's arrays say."""
+    scale = host(fixed["scale"]).reshape(-1)[i]
+    dropout = fixed.get("dropout")
+    rate = 0.0 if dropout is None else float(str(host(dropout).reshape(-1)[i]))
+    if np.float32(site.scale) == scale:
+        return {"dropout": rate}
+    # Rescaled since it was planned. In float64 the product is exact, so PEFT's quotient
+    # is the scale again (with a square root, to the last place of a float32).
+    root = math.sqrt(site.rank) if plan.config.rslora else site.rank
+    return {"scale": float(scale), "alpha": float(scale) * root, "dropout": rate}
+
+
+def _config(sites: Sequence[FileSite], names: NameMap, rslora: bool) -> dict[str, Any]:
+    """The fields from which PEFT finds exactly these modules, ranks and scales."""
+    values: dict[str, FileSite] = {}
+    for site in sites:
+        values[site.key] = site
+        if site.tied is not None:
+            values[site.tied] = site
+    ranks = {module: site.rank for module, site in values.items()}
+    alphas = {module: _peft.plain(site.alpha) for module, site in values.items()}
+    rates = {module: site.dropout for module, site in values.items()}
+    rank, alpha, rate = (_most_common(v) for v in (ranks, alphas, rates))
+    known = [module.name for module in names.expand(_peft.LAYERS)]
+    others = set(known) - set(values)
+    return _peft.DEFAULTS | {
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": _peft.condense(ranks, rank),
+        "alpha_pattern": _peft.condense(alphas, alpha),
+        "use_rslora": rslora,
+        "lora_dropout": rate,
+        "target_modules": _peft.exact_targets(list(values), others),
+        "ensure_weight_tying": any(site.tied is not None for site in sites),
+        "fan_in_fan_out": any(
+            names.layout(site.path) == "same" and not site.table and site.use is None
+            for site in sites
+        ),
+    }
+
+
+def _most_common(values: Mapping[str, Any]) -> Any:
+    return collections.Counter(values.values()).most_common(1)[0][0]
+
+
+def _natural(path: str) -> tuple[tuple[int, int, str], ...]:
+    """Sorts `layers/10` after `layers/9`."""
+    return tuple(
+        (1, int(part), "") if is_index(part) else (0, 0, part)
+        for part in path.split("/")
+    )

@@ -1,0 +1,114 @@
+"""A plan's sites as a file has them."""
+
+import math
+from typing import NamedTuple
+
+from .._errors import CheckpointError, closest, shorten
+from .._names import NameMap
+from ..planning import Plan, Site, Slot
+from ._record import FileSite, Part
+
+
+class Placed(NamedTuple):
+    """A site of a file, and where it is in an adapter.
+
+    Attributes:
+        site: the site.
+        slot: the leaf.
+        index: its position among the leaf's sites.
+    """
+
+    site: FileSite
+    slot: Slot
+    index: int
+
+
+def placed_sites(plan: Plan, names: NameMap | None) -> list[Placed]:
+    """Every site of a plan, with its keys.
+
+    Args:
+        plan: the plan.
+        names: the model's name table, for PEFT's keys; `None` for keys of our paths.
+
+    Raises:
+        CheckpointError: if PEFT has no key for a site.
+    """
+    found = []
+    for slot in plan.slots:
+        for i, site in enumerate(slot.sites):
+            if site is not None:
+                found.append(Placed(_file_site(plan, slot, site, names), slot, i))
+    return found
+
+
+def is_shared(plan: Plan, site: Site) -> bool:
+    """Whether a site is an embedding that the head shares, adapted for both."""
+    if not site.role.lookup or site.use is not None:
+        return False
+    rules = plan.config.rules or ()
+    tie = next((rule.tie for rule in rules if rule.pattern == site.rule), None)
+    return (tie or plan.config.tie) == "shared"
+
+
+def _file_site(plan: Plan, slot: Slot, site: Site, names: NameMap | None) -> FileSite:
+    table = site.role.lookup
+    tied = None
+    if names is None:
+        key = f"{site.path}@{site.use}" if site.use else site.path
+        table = False
+    else:
+        if slot.experts:
+            raise CheckpointError(
+                f"{site.path!r} has factors for each of {math.prod(slot.experts)} "
+                "experts, which PEFT's keys cannot name one by one. Leave `names` out "
+                "for a file with our paths, or merge the adapter for export."
+            )
+        shares = site.path == names.tied and names.module_path(names.head) is None
+        if site.use == "head":
+            key = names.head
+        else:
+            key = _module(site.path, names)
+            tied = names.head if shares and is_shared(plan, site) else None
+    return FileSite(
+        path=site.path,
+        use=site.use,
+        key=key,
+        tied=tied,
+        table=table,
+        rank=site.rank,
+        alpha=site.alpha,
+        scale=site.scale,
+        dropout=site.dropout,
+        part=part_of(slot),
+    )
+
+
+def _module(path: str, names: NameMap) -> str:
+    module = names.module(path)
+    if module is None:
+        near = closest(path, [entry[0] for entry in names.entries], 3)
+        raise CheckpointError(
+            f"`names` has no module for {path!r}, so PEFT could not find its factors. "
+            f"Closest: {shorten(near)}. Add an entry (path, tensor name ending in "
+            "'.weight', layout), or leave `names` out for a file with our paths."
+        )
+    return module
+
+
+def part_of(slot: Slot) -> Part:
+    """The axes of one layer of a leaf."""
+    role = slot.role
+    kept = [axis for axis in range(len(slot.shape)) if axis not in role.stacked]
+
+    def within(axes: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(kept.index(axis) for axis in axes)
+
+    in_front = role.stacked == tuple(range(role.stack))
+    return Part(
+        shape=tuple(slot.shape[axis] for axis in kept),
+        inputs=within(role.inputs),
+        outputs=within(role.outputs),
+        batch=within(role.batch[role.stack :]),
+        lookup=role.lookup,
+        stack=None if in_front else role.stacked,
+    )

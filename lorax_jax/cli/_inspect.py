@@ -1,0 +1,113 @@
+"""`lorax-jax inspect`: what an adapter folder holds, or what a model would adapt."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ._program import Command, Failure
+
+
+@click.command(cls=Command)
+@click.argument("path", type=Path)
+@click.option("--base", help="An adapter's base. [default: as the adapter says]")
+@click.option(
+    "--targets",
+    multiple=True,
+    default=["all-linear"],
+    help="For a model: regex of whole paths; may be repeated. [default: all-linear]",
+)
+@click.option("--rank", type=click.IntRange(1), default=8, show_default=True)
+@click.option("--alpha", type=float, default=16.0, show_default=True)
+def inspect(
+    path: Path, base: str | None, targets: tuple[str, ...], rank: int, alpha: float
+) -> None:
+    """Show what an adapter holds, or what targets would adapt in a model.
+
+    \b
+    Examples:
+      lorax-jax inspect lorax-out/adapter
+          sites, ranks, scales and norms; which B are still zero
+      lorax-jax inspect ./llama --targets '.*/(q|v)_proj/kernel' --rank 16
+          the plan, before anything is loaded
+
+    No weights of a model are read, only its config.json.
+    """
+    if (path / "adapter_config.json").exists():
+        _adapter(path, base)
+    elif (path / "config.json").exists():
+        _model(path, list(targets), rank, alpha)
+    elif path.is_dir():
+        found = sorted(entry.name for entry in path.iterdir())[:8]
+        raise Failure(
+            f"{path} is neither an adapter nor a model: it has no adapter_config.json "
+            f"and no config.json. It holds {found}."
+        )
+    else:
+        raise Failure(f"{path} is no folder.")
+
+
+def _model(path: Path, targets: list[str], rank: int, alpha: float) -> None:
+    import jax
+    import jax.numpy as jnp
+
+    from .._config import LoraConfig
+    from ..planning import plan
+
+    model = _abstract(str(path))
+    ids = jax.ShapeDtypeStruct((1, 16), jnp.int32)
+    config = LoraConfig(targets=targets, rank=rank, alpha=alpha)
+    click.echo(plan(config, model.abstract(), fn=model.apply, args=(ids,)))
+
+
+def _adapter(path: Path, base: str | None) -> None:
+    from .._count import count
+    from ..checkpoint import load_adapter
+    from ._base import base_of
+
+    where = base_of(path) if base is None else base
+    model = _abstract(where)
+    params = model.abstract()
+    adapter, receipt = load_adapter(path, params, names=model.names)
+    click.echo(f"base      {where}\n{receipt}\n\n{receipt.plan}\n")
+    zero = _norms(receipt.plan, adapter)
+    if zero:
+        click.echo(
+            f"\nB is still zero in {len(zero)} sites, which therefore do nothing:"
+        )
+        for name in zero:
+            click.echo(f"  {name}")
+    else:
+        click.echo("\nEvery B has moved away from zero.")
+    click.echo(count(params, adapter))
+
+
+def _norms(plan: Any, adapter: Any) -> list[str]:
+    """Prints how large each site's factors are; returns those that do nothing."""
+    import numpy as np
+
+    width = max(len(slot.name) for slot in plan.slots)
+    click.echo(f"{'norms':{width}}  {'A':>10}  {'B':>10}  {'scale A B':>10}")
+    zero = []
+    for slot in plan.slots:
+        batch = slot.layers + slot.experts
+        train, scale = adapter.train[slot.name], adapter.fixed[slot.name]["scale"]
+        a = np.asarray(train["a"], np.float64).reshape(*batch, -1, slot.rank)
+        b = np.asarray(train["b"], np.float64).reshape(*batch, slot.rank, -1)
+        # |A B|^2 is the trace of (A^T A)(B B^T), r by r: A B itself is never built.
+        gram = (a.swapaxes(-1, -2) @ a) * (b @ b.swapaxes(-1, -2))
+        whole = np.sqrt(np.maximum(gram.sum((-1, -2)), 0)) * np.asarray(scale)
+        sizes = [float(np.linalg.norm(x)) for x in (a, b, whole)]
+        line = "  ".join(f"{size:10.4g}" for size in sizes)
+        click.echo(f"{slot.name:{width}}  {line}")
+        if not b.any():
+            zero.append(slot.name)
+    return zero
+
+
+def _abstract(where: str) -> Any:
+    """A model from its config.json alone."""
+    from .. import models
+    from ._base import config_of
+
+    return models.from_config(config_of(where))

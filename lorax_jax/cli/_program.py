@@ -1,0 +1,110 @@
+"""How every command ends: its exit status, and what it says when something is wrong.
+
+0: done. 2: the input is wrong; one message on the standard error, no traceback, unless
+`--debug` asks for it. 130: Ctrl-C; the message says what is saved. A bug of ours keeps
+its traceback.
+"""
+
+import errno
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .._errors import LoraxError
+
+_SAVED = f"{__name__}.saved"
+
+
+class Failure(click.ClickException):
+    """Something is wrong with the input; the message says what, and what to do."""
+
+    exit_code = 2
+    ctx: click.Context | None = None
+
+
+class Program(click.Group):
+    """The group of commands, and the only place that ends the process."""
+
+    def __init__(self, *args: Any, commands: list[click.Command], **kwargs: Any):
+        named = {str(command.name): command for command in commands}
+        super().__init__(*args, commands=named, **kwargs)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)  # in the order of use, not of the alphabet
+
+    def main(
+        self,
+        args: Any = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        del standalone_mode  # click's own would end with other messages and statuses
+        prog_name = prog_name or self.name
+        try:
+            status = super().main(args, prog_name, complete_var, False, **kwargs)
+        except click.Abort:  # Ctrl-C before any command was running
+            sys.exit(130)
+        except click.ClickException as error:
+            where = getattr(error, "ctx", None)
+            name = where.command_path if where else self.name
+            click.echo(f"{name}: {error.format_message()}", err=True)
+            sys.exit(2)
+        sys.exit(status if isinstance(status, int) else 0)
+
+
+class Command(click.Command):
+    """A command that turns the library's errors into messages."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        text = "Show the traceback of an error."
+        self.params.append(click.Option(["--debug"], is_flag=True, help=text))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        debug = ctx.params.pop("debug")
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo(f"\nInterrupted. {_what_is_saved(ctx)}", err=True)
+            ctx.exit(130)
+        except Failure as error:
+            error.ctx = ctx
+            raise
+        except Exception as error:
+            message = _message(error, ctx)
+            if debug or message is None:
+                raise
+            failure = Failure(message)
+            failure.ctx = ctx
+            raise failure from error
+
+
+def note_saved(path: Path) -> None:
+    """Remembers what is saved, for the message if the command does not get further."""
+    saved = click.get_current_context().meta.setdefault(_SAVED, [])
+    if str(path) not in saved:
+        saved.append(str(path))
+
+
+def _what_is_saved(ctx: click.Context) -> str:
+    saved = ctx.meta.get(_SAVED)
+    return f"Saved: {', '.join(saved)}." if saved else "Nothing was saved."
+
+
+def _message(error: Exception, ctx: click.Context) -> str | None:
+    """What to say about an error; `None` if it is a bug of ours."""
+    if isinstance(error, LoraxError):
+        return str(error)
+    full = "No space left on device"  # storage libraries pass it on in types of theirs
+    if getattr(error, "errno", None) == errno.ENOSPC or full in str(error):
+        return f"The disk is full. {_what_is_saved(ctx)}"
+    if isinstance(error, BrokenPipeError):
+        return None  # nobody reads on; click ends the process quietly
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}. {_what_is_saved(ctx)}"
+    return None

@@ -1,0 +1,265 @@
+"""What `lorax-jax finetune` does, step by step."""
+
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from .. import _count, checkpoint, planning, train, transform
+from .._config import LoraConfig
+from ..adapters import bind
+from ._base import Base, folder_of, load_base
+from ._output import check_space
+from ._program import Failure, note_saved
+from ._text import continue_text
+
+PROMPT_WORDS = 4
+EVALUATIONS = 5
+
+
+class Rows(NamedTuple):
+    """The data of a run."""
+
+    data: train.Windows
+    heldout: train.Heldout | None
+    prompt: str
+
+
+class Training:
+    """A run, from its settings to its files.
+
+    Args:
+        settings: from `_settings`.
+        base: the model.
+        rows: the data.
+        plan: where the adapter acts.
+    """
+
+    def __init__(
+        self,
+        settings: dict[str, Any],
+        base: Base,
+        rows: Rows,
+        plan: planning.Plan,
+    ):
+        self.settings, self.base, self.rows, self.plan = settings, base, rows, plan
+        self.forward = transform.adapt(base.model.apply)
+        key = jax.random.key(settings["seed"])
+        self.adapter = planning.init(plan, base.params, key=key)
+        self.history: train.History = []
+        self.tx = train.optimizer(
+            learning_rate=settings["lr"],
+            steps=settings["steps"],
+            warmup=settings["warmup"],
+            weight_decay=settings["weight_decay"],
+        )
+
+    @classmethod
+    def prepare(cls, settings: dict[str, Any]) -> "Training":
+        """Reads and checks everything, and says what was found. Writes nothing."""
+        records = train.read_records(settings["data"])
+        base = load_base(
+            settings["model"],
+            dtype=settings["dtype"],
+            scan_layers=settings["scan_layers"],
+            remat="full" if settings["remat"] else None,
+        )
+        model = base.model
+        size = sum(leaf.size for leaf in jax.tree.leaves(base.params))
+        click.echo(f"base      {base.name}: {size:,} parameters, {model.dtype.name}")
+        rows = _rows(records, base, settings)
+        ids = jax.ShapeDtypeStruct((1, rows.data.weights.shape[1]), jnp.int32)
+        config = LoraConfig(
+            targets=settings["targets"],
+            rank=settings["rank"],
+            alpha=settings["alpha"],
+            rslora=settings["rslora"],
+            dropout=settings["dropout"],
+            init=settings["init"],
+        )
+        plan = planning.plan(config, base.params, fn=model.apply, args=(ids,))
+        click.echo(f"\n{plan}\n")
+        return cls(settings, base, rows, plan)
+
+    def check_space(self, out: Path, *, export: bool) -> None:
+        """Raises if the disk has no room for what the run will write."""
+        memory = self.plan.memory()
+        # The adapter, and for a moment two states of adapter and optimizer.
+        needed = memory.adapter + 2 * (memory.adapter + memory.optimizer)
+        check_space(out, needed + (memory.base if export else 0))
+
+    def forget(self, out: Path) -> None:
+        """Removes the state of an earlier run, from which this one must not resume."""
+        shutil.rmtree(out / "state", ignore_errors=True)
+
+    def run(self, out: Path, *, resume: bool) -> bool:
+        """Trains, and prints measurements and samples. False after Ctrl-C."""
+        settings = self.settings
+        steps = settings["steps"]
+        click.echo(_count.count(self.base.params, self.adapter))
+        if not resume:
+            self._sample("before", 0.0)
+        try:
+            run = train.finetune(
+                self.base.model.apply,
+                self.base.params,
+                self.adapter,
+                self.rows.data,
+                steps=steps,
+                batch=settings["batch"],
+                accumulate=settings["accumulate"],
+                tx=self.tx,
+                seed=settings["seed"],
+                heldout=self.rows.heldout,
+                eval_every=settings["eval_every"] or -(-steps // EVALUATIONS),
+                folder=out / "state",
+                save_every=settings["save_every"],
+                resume=resume,
+                progress=True,
+                report=_report,
+            )
+        finally:  # whatever ends it, what is saved is saved
+            if train.saved_steps(out / "state"):
+                note_saved(out / "state")
+        self.adapter, self.history = run.adapter, run.history
+        if not run.finished:
+            done = self.history[-1]["step"]
+            click.echo(
+                f"\nInterrupted after step {done} of {steps}. Saved: "
+                f"{out / 'state'}. Go on with: lorax-jax finetune --resume {out}",
+                err=True,
+            )
+            return False
+        click.echo(
+            f"speed     {run.tokens_per_second:,.0f} tokens/s, after "
+            f"{run.compile_seconds:.1f} s for the first step, which is compiled"
+        )
+        self._compare()
+        self._sample("after", 1.0)
+        return True
+
+    def write(self, out: Path) -> list[Path]:
+        """Writes the adapter, the history and the loss curve."""
+        base = self.base
+        checkpoint.save_adapter(
+            out / "adapter",
+            self.adapter,
+            plan=self.plan,
+            names=base.model.names,
+            params=base.params,
+            base_model_name_or_path=base.where,
+            task_type="CAUSAL_LM",
+            tokenizer=base.tokenizer,
+        )
+        note_saved(out / "adapter")
+        train.write_history(out / "history.jsonl", self.history)
+        title = f"{base.name} on {Path(self.settings['data']).name}"
+        train.plot_history(self.history, out / "loss.png", title=title)
+        return [out / "adapter", out / "history.jsonl", out / "loss.png"]
+
+    def export(self, out: Path, *, overwrite: bool) -> Path:
+        """Writes the merged model."""
+        checkpoint.export_merged(
+            folder_of(self.base.where),
+            out / "adapter",
+            out / "merged",
+            overwrite=overwrite,
+        )
+        return out / "merged"
+
+    def _compare(self) -> None:
+        measured = [line for line in self.history if "heldout_loss" in line]
+        if len(measured) > 1:
+            first, last = measured[0]["heldout_loss"], measured[-1]["heldout_loss"]
+            change = 100 * (last - first) / first
+            click.echo(
+                f"held out  {first:.4f} -> {last:.4f} nats/token ({change:+.1f} %)"
+            )
+
+    def _sample(self, when: str, weight: float) -> None:
+        count = self.settings["sample_tokens"]
+        if not count:
+            return
+        text = continue_text(
+            self.forward,
+            # The same program with the adapter's weight at 0 is the base.
+            bind(self.base.params, self.adapter, weights=[np.float32(weight)]),
+            self.base.tokenizer,
+            self.rows.prompt,
+            max_new_tokens=count,
+            temperature=0.7,
+            top_p=0.95,
+            positions=self.base.positions,
+        )
+        first, *more = (self.rows.prompt + text).strip().splitlines()
+        lines = [f"{when:9} {first}", *(f"{'':9} {line}".rstrip() for line in more)]
+        click.echo("\n".join(lines))
+
+
+def _rows(records: list[train.Record], base: Base, settings: dict[str, Any]) -> Rows:
+    kept, held = train.split(records, share=settings["heldout"], seed=settings["seed"])
+    length, tokenizer = settings["length"], base.tokenizer
+    if base.positions is not None and length > base.positions:
+        raise Failure(
+            f"--length {length} exceeds the {base.positions} positions that the model "
+            "has learned. Lower it."
+        )
+    documents = train.tokenize(kept, tokenizer)
+    heldout = None
+    pad = tokenizer.eos_token_id or 0
+    if len(kept) == 1 and isinstance(kept[0], train.Text):
+        if len(documents[0]) <= length:
+            raise train.DataError(
+                f"{settings['data']} is too short for one window: {len(documents[0])} "
+                f"tokens to train on, and a window takes {length + 1}. Give more text, "
+                f"or --length {max(1, len(documents[0]) // 2)}."
+            )
+    found = train.windows(documents, length=length, pack=settings["pack"], pad_id=pad)
+    if held:
+        other = train.tokenize(held, tokenizer)
+        rows = train.windows(other, length=length, pad_id=pad)
+        heldout = train.Heldout(rows, train.total_bytes(other))
+    _check_vocabulary([found, *([heldout.windows] if heldout else [])], base)
+    tokens = sum(map(len, documents))
+    what = "one text" if len(records) == 1 else f"{len(documents):,} documents"
+    cut = sum(len(document) > length + 1 for document in documents)
+    if cut and len(records) > 1:
+        what += f" ({cut:,} of them longer than a row, and cut)"
+    click.echo(
+        f"data      {Path(settings['data']).name}: {what}, {tokens:,} tokens in "
+        f"{found.rows:,} rows of {found.weights.shape[1]} to train on; "
+        f"{heldout.windows.rows if heldout else 0:,} rows held out"
+    )
+    return Rows(found, heldout, settings["prompt"] or _prompt(held or kept, base))
+
+
+def _check_vocabulary(found: list[train.Windows], base: Base) -> None:
+    """Tokens past the table would be read as its last row, without an error."""
+    largest, rows = max(x.ids.max() for x in found), base.model.config.vocab_size
+    if largest >= rows:
+        raise Failure(
+            f"The tokenizer beside {base.where} makes token {largest}, and the model's "
+            f"table has {rows} rows. Is it the model's own tokenizer?"
+        )
+
+
+def _prompt(records: list[train.Record], base: Base) -> str:
+    """A prompt, or the first words of a text, that the model is not trained on."""
+    record = records[0]
+    if isinstance(record, train.Text):
+        return " ".join(record.text.split(maxsplit=PROMPT_WORDS)[:PROMPT_WORDS])
+    document = train.tokenize([record], base.tokenizer)[0]
+    ids = document.ids[: int(np.argmax(document.weights > 0))]
+    return base.tokenizer.decode(ids)
+
+
+def _report(line: dict[str, Any]) -> None:
+    tqdm.write(
+        f"held out  {line['heldout_loss']:.4f} nats/token, "
+        f"{line['bits_per_byte']:.4f} bits/byte after {line['step']} steps"
+    )

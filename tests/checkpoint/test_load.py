@@ -1,0 +1,447 @@
+"""`load_adapter`: everything, or an error that names what is wrong."""
+
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+import lorax_jax as lj
+from lorax_jax import models
+from lorax_jax._errors import CheckpointError
+from lorax_jax._names import NameMap
+
+TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PREFIX = "base_model.model."
+
+
+def rewrite(folder, change, *, metadata=True):
+    """Changes a file's tensors, and keeps its metadata or not."""
+    path = folder / TENSORS
+    with safe_open(path, framework="np") as file:
+        kept = file.metadata() if metadata else {"format": "pt"}
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata=kept)
+
+
+def reconfigure(folder, **fields):
+    path = folder / CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    return folder
+
+
+FAMILIES = ["llama", "tied", "gpt2"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+@pytest.mark.parametrize("with_plan", [False, True], ids=["alone", "plan"])
+@pytest.mark.parametrize("writer", ["ours", "paths", "peft"])
+def test_round_trips_are_bit_equal(
+    make, peft_made, equal, tmp_path, family, scan, with_plan, writer
+):
+    made = make(family, scan=scan, dropout=0.1)
+    names = None if writer == "paths" else made.names
+    folder = made.save(tmp_path / "a", names=names, params=made.params)
+    names = None
+    if writer == "peft":
+        folder, names = peft_made(folder, tmp_path / "b"), made.names
+    plan = made.plan if with_plan else None
+    loaded, receipt = lj.load_adapter(folder, made.params, plan=plan, names=names)
+    assert equal(loaded, made.adapter)
+    assert receipt.problems == () and receipt.ignored == ()
+    assert receipt.sites == receipt.expected == len(made.plan)
+    assert receipt.tensors == 2 * len(made.plan)
+    assert receipt.leaves == len(made.adapter.train)
+    assert [s.path for s in receipt.plan] == [s.path for s in made.plan]
+    facts = ("rank", "alpha", "scale", "dropout", "shape", "role", "part", "leaf")
+    for one, other in zip(receipt.plan, made.plan, strict=True):
+        assert [getattr(one, f) for f in facts] == [getattr(other, f) for f in facts]
+    assert (receipt.plan is made.plan) == with_plan
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_unrolled_file_fits_a_stacked_model_and_back(make, equal, tmp_path, family):
+    unrolled, scanned = make(family), make(family, scan=True)
+    unrolled.save(tmp_path / "u")
+    scanned.save(tmp_path / "s")
+    assert equal(lj.load_adapter(tmp_path / "u", scanned.params)[0], scanned.adapter)
+    assert equal(lj.load_adapter(tmp_path / "s", unrolled.params)[0], unrolled.adapter)
+
+
+def test_a_loaded_adapter_saves_the_same_file(make, peft_made, tmp_path):
+    made = make("llama", scan=True)
+    first = made.save(tmp_path / "a", params=made.params)
+    for source in (first, peft_made(first, tmp_path / "b")):
+        loaded, receipt = lj.load_adapter(source, made.params, names=made.names)
+        again = tmp_path / "again" / source.name
+        lj.save_adapter(
+            again, loaded, plan=receipt.plan, names=made.names, params=made.params
+        )
+        assert (again / TENSORS).read_bytes() == (first / TENSORS).read_bytes()
+        assert (again / CONFIG).read_text() == (first / CONFIG).read_text()
+
+
+@pytest.mark.parametrize("tie", ["shared", "lookup", "head"])
+@pytest.mark.parametrize("family", ["tied", "gpt2"])
+@pytest.mark.parametrize("writer", ["ours", "peft"])
+def test_tied_embeddings(
+    make, table_rule, peft_made, equal, tmp_path, family, tie, writer
+):
+    made = make(family, rules=table_rule(family, tie=tie) | {".*/0/.*mlp/.*kernel": {}})
+    folder, names = made.save(tmp_path / "a"), None
+    if writer == "peft":
+        folder, names = peft_made(folder, tmp_path / "b"), made.names
+    for plan in (None, made.plan):
+        loaded, receipt = lj.load_adapter(folder, made.params, names=names, plan=plan)
+        assert equal(loaded, made.adapter)
+        again = tmp_path / str(plan is None)
+        lj.save_adapter(again, loaded, plan=receipt.plan, names=made.names)
+        assert load_file(again / TENSORS).keys() == load_file(folder / TENSORS).keys()
+
+
+def test_a_shared_embedding_counts_four_tensors(make, table_rule, tmp_path):
+    made = make("tied", rules=table_rule("tied", tie="shared"))
+    _, receipt = lj.load_adapter(made.save(tmp_path), made.params)
+    assert (receipt.sites, receipt.tensors, receipt.leaves) == (1, 4, 1)
+    assert "shared" in str(receipt.plan.config.rules)
+
+
+def test_independent_adapters_of_both_uses(make, table_rule, peft_made, tmp_path):
+    """PEFT without `ensure_weight_tying`: each of the two modules has its own."""
+    made = make("tied", rules=table_rule("tied", tie="shared"))
+    head_a = f"{PREFIX}lm_head.lora_A.weight"
+
+    def change(tensors):
+        tensors[head_a] = tensors[head_a] + 1
+
+    folder = peft_made(
+        made.save(tmp_path / "a"), tmp_path / "b", change, ensure_weight_tying=False
+    )
+    loaded, receipt = lj.load_adapter(folder, made.params, names=made.names)
+    assert list(loaded.train) == [
+        "embed_tokens/embedding@head",
+        "embed_tokens/embedding@lookup",
+    ]
+    table = np.asarray(made.params["embed_tokens"]["embedding"])
+    found = load_file(folder / TENSORS)
+    lookup = found[f"{PREFIX}model.embed_tokens.lora_embedding_A"].T @ (
+        found[f"{PREFIX}model.embed_tokens.lora_embedding_B"].T
+    )
+    head = (found[f"{PREFIX}lm_head.lora_B.weight"] @ found[head_a]).astype(np.float32)
+    scale = receipt.plan.slots[0].sites[0].scale
+    untied = models.from_config(
+        {"model_type": "llama", "tie_word_embeddings": False}
+        | {f: getattr(made.model.config, f) for f in ("vocab_size", "hidden_size")}
+        | {"intermediate_size": 24, "num_hidden_layers": 2}
+        | {"num_attention_heads": 4, "num_key_value_heads": 2}
+    )
+    params = made.params | {
+        "embed_tokens": {"embedding": jnp.asarray(table + scale * lookup)},
+        "lm_head": {"kernel": jnp.asarray((table + scale * head).T)},
+    }
+    ids = jnp.arange(6)[None]
+    ours = lj.adapt(made.model.apply)(lj.bind(made.params, loaded), ids)
+    np.testing.assert_allclose(ours, untied.apply(params, ids), atol=1e-4, rtol=1e-4)
+    # Both uses go out and come back as they were.
+    lj.save_adapter(tmp_path / "c", loaded, plan=receipt.plan, names=made.names)
+    assert load_file(tmp_path / "c" / TENSORS).keys() == found.keys()
+    reconfigure(folder, ensure_weight_tying=True)
+    with pytest.raises(CheckpointError, match="have one adapter, and .* holds two"):
+        lj.load_adapter(folder, made.params, names=made.names)
+
+
+def test_an_untied_embedding_adapts_the_weight(
+    make, table_rule, peft_made, equal, tmp_path
+):
+    made = make("llama", rules=table_rule("llama") | {"lm_head/kernel": {}})
+    folder = peft_made(made.save(tmp_path / "a"), tmp_path / "b")
+    assert equal(
+        lj.load_adapter(folder, made.params, names=made.names)[0], made.adapter
+    )
+
+
+def test_types_are_enough(make, equal, tmp_path):
+    made = make("llama")
+    types = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), made.params)
+    folder = made.save(tmp_path, params=made.params)
+    assert equal(lj.load_adapter(folder, types)[0], made.adapter)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_the_stored_dtype_is_kept(make, tmp_path, dtype):
+    made = make("llama", scan=True)
+
+    def change(tensors):
+        for name in tensors:
+            tensors[name] = tensors[name].astype(dtype)
+
+    folder = made.save(tmp_path)
+    rewrite(folder, change)
+    loaded, receipt = lj.load_adapter(folder, made.params)
+    assert {x.dtype for x in jax.tree.leaves(loaded.train)} == {np.dtype(dtype)}
+    assert receipt.plan.config.dtype == dtype
+
+
+def test_a_copy_of_the_bases_embedding_is_known(make, table_rule, peft_made, tmp_path):
+    made = make("tied", rules=table_rule("tied", tie="lookup"))
+    table = np.asarray(made.params["embed_tokens"]["embedding"])
+    copy = f"{PREFIX}model.embed_tokens.base_layer.weight"
+
+    folder = peft_made(
+        made.save(tmp_path / "a"), tmp_path / "b", lambda t: t.update({copy: table})
+    )
+    _, receipt = lj.load_adapter(folder, made.params, names=made.names)
+    assert receipt.ignored == (f"{copy} (a copy of the base's)",)
+    assert f"ignored     {copy}" in str(receipt)
+    folder = peft_made(folder, tmp_path / "c", lambda t: t.update({copy: table + 1}))
+    with pytest.raises(CheckpointError, match=re.escape(copy)):
+        lj.load_adapter(folder, made.params, names=made.names)
+
+
+# --- Anything that is changed is named ----------------------------------------------
+
+
+def _delete(tensors, key, draw):
+    del tensors[key]
+
+
+def _rename(tensors, key, draw):
+    tensors[key + draw(st.sampled_from(["x", ".weight", ".default"]))] = tensors.pop(
+        key
+    )
+
+
+def _add(tensors, key, draw):
+    tensors[draw(st.sampled_from(["", PREFIX])) + "stray.lora_A.weight"] = tensors[key]
+
+
+def _grow(tensors, key, draw):
+    axis = draw(st.integers(0, 1))
+    tensors[key] = np.concatenate([tensors[key]] * 2, axis)
+
+
+def _turn(tensors, key, draw):
+    tensors[key] = tensors[key][None]
+
+
+def _cast(tensors, key, draw):
+    dtype = draw(
+        st.sampled_from([np.float16, ml_dtypes.bfloat16, np.int32, np.float64])
+    )
+    tensors[key] = tensors[key].astype(dtype)
+
+
+def _poison(tensors, key, draw):
+    tensors[key] = tensors[key].copy()
+    tensors[key].flat[-1] = draw(st.sampled_from([np.nan, np.inf, -np.inf]))
+
+
+@pytest.mark.parametrize("writer", ["ours", "peft"])
+@settings(max_examples=120, deadline=None)
+@given(data=st.data())
+def test_whatever_is_changed_is_named(make, peft_made, tmp_path_factory, writer, data):
+    scan = data.draw(st.booleans())
+    family = data.draw(st.sampled_from(FAMILIES))
+    made = make(family, scan=scan)
+    folder = made.save(tmp_path_factory.mktemp("fuzz"), params=made.params)
+    ways = [_delete, _rename, _add, _grow, _turn, _cast, _poison]
+    way = data.draw(st.sampled_from(ways))
+    key = data.draw(st.sampled_from(sorted(load_file(folder / TENSORS))))
+    rewrite(folder, lambda t: way(t, key, data.draw), metadata=writer == "ours")
+    named = "stray.lora_A.weight" if way is _add else key
+    plan = data.draw(st.sampled_from([None, made.plan]))
+    arguments = {"names": made.names, "plan": plan}
+    with pytest.raises(CheckpointError, match=re.escape(named)):
+        lj.load_adapter(folder, made.params, **arguments)
+    _, receipt = lj.load_adapter(folder, made.params, strict=False, **arguments)
+    assert any(named in line for line in receipt.problems)
+    assert named in str(receipt)
+    lost = 0 if way is _add else 1
+    assert receipt.sites == len(made.plan) - lost and receipt.expected >= receipt.sites
+
+
+@pytest.mark.parametrize("writer", ["ours", "peft"])
+@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+def test_both_tensors_of_a_site_are_missing(make, tmp_path, writer, scan):
+    made = make("llama", scan=scan)
+    folder = made.save(tmp_path)
+    stem = f"{PREFIX}model.layers.1.mlp.up_proj.lora_"
+
+    def change(tensors):
+        for key in [key for key in tensors if key.startswith(stem)]:
+            del tensors[key]
+
+    rewrite(folder, change, metadata=writer == "ours")
+    with pytest.raises(CheckpointError, match=f"missing     {stem}A.weight\n"):
+        lj.load_adapter(folder, made.params, names=made.names)
+    _, receipt = lj.load_adapter(folder, made.params, names=made.names, strict=False)
+    assert receipt.missing == (f"{stem}A.weight", f"{stem}B.weight")
+    assert (receipt.sites, receipt.expected) == (len(made.plan) - 1, len(made.plan))
+
+
+def test_what_is_known_about_a_key_is_said(make, tmp_path):
+    made = make("llama")
+    folder = made.save(tmp_path)
+    stem = f"{PREFIX}model.layers.1.mlp.up_proj.lora_"
+    one = np.ones(3, np.float32)
+    rewrite(folder, lambda t: t.update({f"{stem}magnitude_vector": one}))
+    with pytest.raises(CheckpointError, match=r"magnitude_vector \(DoRA's magnitude\)"):
+        lj.load_adapter(folder, made.params)
+
+
+def test_nothing_fits(make, tmp_path):
+    made, other = make("llama"), make("gpt2")
+    folder = made.save(tmp_path)
+    for strict in (True, False):
+        with pytest.raises(CheckpointError, match="(does not fit|Nothing of .* fits)"):
+            lj.load_adapter(folder, other.params, strict=strict)
+
+
+def test_another_base_of_the_same_shape(make, tmp_path):
+    made = make("llama")
+    folder = made.save(tmp_path, params=made.params)
+    other = jax.tree.map(lambda x: x * 1.05, made.params)
+    message = "layers/0/mlp/down_proj/kernel is not the weight that the adapter was"
+    with pytest.raises(CheckpointError, match=message):
+        lj.load_adapter(folder, other)
+    _, receipt = lj.load_adapter(folder, other, strict=False)
+    assert len(receipt.changed) == receipt.sites == len(made.plan)
+    for dtype in (jnp.bfloat16, jnp.float16):  # the same base, loaded in another dtype
+        same = jax.tree.map(lambda x, dtype=dtype: x.astype(dtype), made.params)
+        assert not lj.load_adapter(folder, same)[1].problems
+
+
+def test_a_plan_that_says_otherwise(make, tmp_path):
+    made, other = make("llama"), make("llama", rules={".*/mlp/.*kernel": {}})
+    folder = made.save(tmp_path)
+    with pytest.raises(CheckpointError) as caught:
+        lj.load_adapter(folder, made.params, plan=other.plan, names=made.names)
+    text = str(caught.value)
+    assert "unexpected" in text and "self_attn.q_proj.lora_A" in text
+    assert "up_proj has rank 3 and scale 1.66667, the plan 4 and 1.75" in text
+    fewer = make("llama", rules={".*/1/mlp/down_proj/kernel": {}})
+    folder = fewer.save(tmp_path / "fewer")
+    for names in (None, made.names):
+        with pytest.raises(CheckpointError, match="missing .*layers.0.mlp.down_proj"):
+            lj.load_adapter(folder, made.params, plan=other.plan, names=names)
+
+
+def test_a_plan_with_other_axes(tmp_path):
+    params = {"w": jnp.ones((4, 4))}
+    axes = {"inputs": (0,), "outputs": (1,)}, {"inputs": (1,), "outputs": (0,)}
+    one, other = (
+        lj.plan(lj.LoraConfig("w", rank=1), params, roles={"w": role}) for role in axes
+    )
+    adapter = lj.init(one, params, key=jax.random.key(0))
+    lj.save_adapter(tmp_path, adapter, plan=one)
+    with pytest.raises(
+        CheckpointError, match=r"w has the axes .*, the plan .*inputs=\(1,\)"
+    ):
+        lj.load_adapter(tmp_path, params, plan=other)
+
+
+def test_an_edited_configuration_is_noticed(make, tmp_path):
+    made = make("llama")
+    folder = reconfigure(made.save(tmp_path), lora_alpha=64)
+    with pytest.raises(CheckpointError, match="disagree about .*: rank .* One of them"):
+        lj.load_adapter(folder, made.params)
+
+
+def test_the_metadata_is_enough(make, equal, tmp_path):
+    made = make("tied", scan=True, rslora=True)
+    folder = made.save(tmp_path)
+    (folder / CONFIG).unlink()
+    loaded, receipt = lj.load_adapter(folder, made.params)
+    assert equal(loaded, made.adapter) and receipt.plan.config.rslora
+
+
+def test_names_are_needed_for_what_others_wrote(make, peft_made, tmp_path):
+    made = make("llama")
+    folder = peft_made(made.save(tmp_path / "a"), tmp_path / "b")
+    with pytest.raises(CheckpointError, match="which module is which parameter"):
+        lj.load_adapter(folder, made.params)
+    (folder / CONFIG).unlink()
+    with pytest.raises(
+        CheckpointError, match="has no adapter_config.json, so the ranks"
+    ):
+        lj.load_adapter(folder, made.params, names=made.names)
+
+
+def test_without_the_prefix(make, peft_made, equal, tmp_path):
+    """What `inject_adapter_in_model` saves."""
+
+    def change(tensors):
+        for key in list(tensors):
+            tensors[key.removeprefix(PREFIX)] = tensors.pop(key)
+
+    made = make("llama")
+    folder = peft_made(made.save(tmp_path / "a"), tmp_path / "b", change)
+    loaded, _ = lj.load_adapter(folder, made.params, names=made.names)
+    assert equal(loaded, made.adapter)
+
+
+def test_a_stack_that_is_not_in_front(tmp_path, equal):
+    params = {"layers": {"w": jnp.ones((4, 3, 4))}}  # (in, layer, out)
+
+    def fn(p, x):
+        w = jnp.moveaxis(p["layers"]["w"], 1, 0)
+        return jax.lax.scan(lambda x, w: (x @ w, None), x, w)[0]
+
+    rules = {r"layers/1/w": {"rank": 2}, r"layers/2/w": {"rank": 1}}
+    plan = lj.plan(lj.LoraConfig(rules, init=False), params, fn, (jnp.ones(4),))
+    adapter = lj.init(plan, params, key=jax.random.key(0))
+    assert plan.slots[0].role.stacked == (1,)
+    lj.save_adapter(tmp_path, adapter, plan=plan, params=params)
+    loaded, receipt = lj.load_adapter(tmp_path, params)
+    assert equal(loaded, adapter)
+    assert [site.path for site in receipt.plan] == ["layers/1/w", "layers/2/w"]
+
+
+def test_a_path_that_may_mean_two_leaves(tmp_path):
+    params = {"a": {"1": {"w": jnp.ones((4, 4))}}}
+    plan = lj.plan(
+        lj.LoraConfig("a/1/w", rank=1),
+        params,
+        lambda p, x: x @ p["a"]["1"]["w"],
+        (jnp.ones(4),),
+    )
+    adapter = lj.init(plan, params, key=jax.random.key(0))
+    names = NameMap([("a/1/w", "a.w.weight", "linear")])
+    lj.save_adapter(tmp_path, adapter, plan=plan, names=names)
+    stacked = {"a": {"w": jnp.ones((2, 4, 4))}}
+    assert list(lj.load_adapter(tmp_path, stacked)[0].train) == ["a/w"]
+    assert lj.load_adapter(tmp_path, stacked)[0].fixed["a/w"]["rank"].tolist() == [0, 1]
+    too_few = {"a": {"w": jnp.ones((1, 4, 4))}}
+    with pytest.raises(
+        CheckpointError, match="unexpected  base_model.model.a.w.lora_A"
+    ):
+        lj.load_adapter(tmp_path, too_few)
+
+
+def test_an_ambiguous_layer_asks_for_the_plan(tmp_path):
+    params = {"a": [None, {"b": [{"w": jnp.ones((4, 4))}]}]}
+    plan = lj.plan(
+        lj.LoraConfig("a/1/b/0/w", rank=1),
+        params,
+        lambda p, x: x @ p["a"][1]["b"][0]["w"],
+        (jnp.ones(4),),
+    )
+    adapter = lj.init(plan, params, key=jax.random.key(0))
+    lj.save_adapter(tmp_path, adapter, plan=plan)
+    both = {
+        "a": {
+            "b": {"0": {"w": jnp.ones((2, 4, 4))}},
+            "1": {"b": {"w": jnp.ones((1, 4, 4))}},
+        }
+    }
+    with pytest.raises(CheckpointError, match="may be a layer of .*Give the `plan`"):
+        lj.load_adapter(tmp_path, both)

@@ -1,1 +1,0 @@
-"""The exam's own modules are found by their short names."""
