@@ -19,3 +19,4 @@ from . import initializers as initializers
 from . import models as models
 from . import quant as quant
 from . import _load_adapted as _load_adapted
+from . import train as train

@@ -42,8 +42,8 @@ def count(params: Any, adapter: Adapter) -> Count:
     Example:
         >>> import jax, jax.numpy as jnp, lorax_jax as lj
         >>> params = {"w": jnp.ones((30, 20))}
-        >>> plan = lj.plan(lj.LoraConfig("w", rank=2), params, fn=lambda p, x: x @ p["w"],
-        ...                args=(jnp.ones(30),))
+        >>> fn = lambda params, x: x @ params["w"]
+        >>> plan = lj.plan(lj.LoraConfig("w", rank=2), params, fn, (jnp.ones(30),))
         >>> print(lj.count(params, lj.init(plan, params, key=jax.random.key(0))))
         trainable params: 100 || all params: 700 || trainable%: 14.2857
     """

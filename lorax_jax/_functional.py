@@ -18,8 +18,9 @@ def functional(module: nnx.Module) -> tuple[Callable[..., Any], Any, Any]:
     Returns:
         `(fn, params, state)`. `params` is a nested dictionary of arrays, every
         `nnx.Param` of the module; `state` is another, of everything else that has
-        values: batch statistics, caches, random streams. `fn(params, state, *args, **kwargs)` gives
-        `(out, state)`, with what the call did to the state.
+        values: batch statistics, caches, random streams.
+        `fn(params, state, *args, **kwargs)` gives `(out, state)`, with what the call
+        did to the state.
 
     Example:
         >>> module = nnx.Linear(3, 2, rngs=nnx.Rngs(0))

@@ -11,7 +11,7 @@ _tree = jax.tree_util
 
 
 def is_box(node: Any) -> bool:
-    """Whether `node` is a Flax box, which holds one array and adds no path component."""
+    """Whether `node` is a Flax box: one array, and no component of a path."""
     return isinstance(node, nnx.Variable | meta.AxisMetadata)
 
 

@@ -166,10 +166,12 @@ def _part(part: Any, what: str) -> Part:
         stack=read.sizes("stack") if part.get("stack") is not None else None,
     )
     axes = (*found.inputs, *found.outputs, *found.batch)
-    if sorted(axes) != list(range(len(found.shape))) or not (
-        found.inputs and found.outputs
-    ):
-        raise read.bad("shape and axes", (found.shape, *axes))
+    stack = found.stack or ()
+    fine = sorted(axes) == list(range(len(found.shape)))
+    fine &= len({*stack}) == len(stack)
+    fine &= max(stack, default=-1) < len(axes) + len(stack)
+    if not (fine and found.inputs and found.outputs):
+        raise read.bad("shape and axes", (found.shape, *axes, *stack))
     return found
 
 

@@ -13,6 +13,11 @@ from ..planning import Plan, Slot
 from ._record import FileSite, Part
 from ._sites import Placed
 
+# Stacks within stacks, and numbers in a path. Which of the numbers are layers is tried
+# out, so a file may not have endless ones.
+_MOST_STACKS = 3
+_MOST_NUMBERS = 12
+
 
 @dataclasses.dataclass(frozen=True)
 class Place:
@@ -64,7 +69,9 @@ class Tree:
             return Place(path, (), ()) if len(leaf.shape) == axes else None
         parts = path.split("/")
         numbers = [i for i, part in enumerate(parts) if is_index(part)]
-        for count in range(1, len(numbers) + 1):
+        if len(numbers) > _MOST_NUMBERS:
+            return None
+        for count in range(1, min(len(numbers), _MOST_STACKS) + 1):
             if stack is not None and len(stack) != count:
                 continue
             found = []

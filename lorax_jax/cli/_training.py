@@ -2,7 +2,7 @@
 
 import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import click
 import jax
@@ -15,19 +15,11 @@ from .._config import LoraConfig
 from ..adapters import bind
 from ._base import Base, folder_of, load_base
 from ._output import check_space
-from ._program import Failure, note_saved
+from ._program import note_saved
+from ._rows import Rows, read_rows
 from ._text import continue_text
 
-PROMPT_WORDS = 4
 EVALUATIONS = 5
-
-
-class Rows(NamedTuple):
-    """The data of a run."""
-
-    data: train.Windows
-    heldout: train.Heldout | None
-    prompt: str
 
 
 class Training:
@@ -72,7 +64,7 @@ class Training:
         model = base.model
         size = sum(leaf.size for leaf in jax.tree.leaves(base.params))
         click.echo(f"base      {base.name}: {size:,} parameters, {model.dtype.name}")
-        rows = _rows(records, base, settings)
+        rows = read_rows(records, base, settings)
         ids = jax.ShapeDtypeStruct((1, rows.data.weights.shape[1]), jnp.int32)
         config = LoraConfig(
             targets=settings["targets"],
@@ -199,63 +191,6 @@ class Training:
         first, *more = (self.rows.prompt + text).strip().splitlines()
         lines = [f"{when:9} {first}", *(f"{'':9} {line}".rstrip() for line in more)]
         click.echo("\n".join(lines))
-
-
-def _rows(records: list[train.Record], base: Base, settings: dict[str, Any]) -> Rows:
-    kept, held = train.split(records, share=settings["heldout"], seed=settings["seed"])
-    length, tokenizer = settings["length"], base.tokenizer
-    if base.positions is not None and length > base.positions:
-        raise Failure(
-            f"--length {length} exceeds the {base.positions} positions that the model "
-            "has learned. Lower it."
-        )
-    documents = train.tokenize(kept, tokenizer)
-    heldout = None
-    pad = tokenizer.eos_token_id or 0
-    if len(kept) == 1 and isinstance(kept[0], train.Text):
-        if len(documents[0]) <= length:
-            raise train.DataError(
-                f"{settings['data']} is too short for one window: {len(documents[0])} "
-                f"tokens to train on, and a window takes {length + 1}. Give more text, "
-                f"or --length {max(1, len(documents[0]) // 2)}."
-            )
-    found = train.windows(documents, length=length, pack=settings["pack"], pad_id=pad)
-    if held:
-        other = train.tokenize(held, tokenizer)
-        rows = train.windows(other, length=length, pad_id=pad)
-        heldout = train.Heldout(rows, train.total_bytes(other))
-    _check_vocabulary([found, *([heldout.windows] if heldout else [])], base)
-    tokens = sum(map(len, documents))
-    what = "one text" if len(records) == 1 else f"{len(documents):,} documents"
-    cut = sum(len(document) > length + 1 for document in documents)
-    if cut and len(records) > 1:
-        what += f" ({cut:,} of them longer than a row, and cut)"
-    click.echo(
-        f"data      {Path(settings['data']).name}: {what}, {tokens:,} tokens in "
-        f"{found.rows:,} rows of {found.weights.shape[1]} to train on; "
-        f"{heldout.windows.rows if heldout else 0:,} rows held out"
-    )
-    return Rows(found, heldout, settings["prompt"] or _prompt(held or kept, base))
-
-
-def _check_vocabulary(found: list[train.Windows], base: Base) -> None:
-    """Tokens past the table would be read as its last row, without an error."""
-    largest, rows = max(x.ids.max() for x in found), base.model.config.vocab_size
-    if largest >= rows:
-        raise Failure(
-            f"The tokenizer beside {base.where} makes token {largest}, and the model's "
-            f"table has {rows} rows. Is it the model's own tokenizer?"
-        )
-
-
-def _prompt(records: list[train.Record], base: Base) -> str:
-    """A prompt, or the first words of a text, that the model is not trained on."""
-    record = records[0]
-    if isinstance(record, train.Text):
-        return " ".join(record.text.split(maxsplit=PROMPT_WORDS)[:PROMPT_WORDS])
-    document = train.tokenize([record], base.tokenizer)[0]
-    ids = document.ids[: int(np.argmax(document.weights > 0))]
-    return base.tokenizer.decode(ids)
 
 
 def _report(line: dict[str, Any]) -> None:

@@ -34,7 +34,8 @@ def embedding(
         `Start(a, b)`, shapes `(rows, rank)` and `(rank, d_out)`, float32.
 
     Example:
-        >>> start = embedding(jnp.ones((9, 4)), rank=2, scale=1.0, key=jax.random.key(0))
+        >>> key = jax.random.key(0)
+        >>> start = embedding(jnp.ones((9, 4)), rank=2, scale=1.0, key=key)
         >>> bool((start.a == 0).all()), start.b.shape
         (True, (2, 4))
     """

@@ -31,7 +31,8 @@ def gaussian(
         `Start(a, b)`, shapes `(d_in, rank)` and `(rank, d_out)`, float32.
 
     Example:
-        >>> gaussian(jnp.ones((16, 4)), rank=2, scale=1.0, key=jax.random.key(0)).a.shape
+        >>> key = jax.random.key(0)
+        >>> gaussian(jnp.ones((16, 4)), rank=2, scale=1.0, key=key).a.shape
         (16, 2)
 
     References:

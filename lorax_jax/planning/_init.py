@@ -36,8 +36,8 @@ def init(plan: Plan, params: Any, *, key: PRNGKeyArray) -> Adapter:
     Example:
         >>> import lorax_jax as lj
         >>> params = {"w": jnp.ones((3, 2))}
-        >>> plan = lj.plan(lj.LoraConfig("w", rank=1), params, fn=lambda p, x: x @ p["w"],
-        ...                args=(jnp.ones(3),))
+        >>> fn = lambda params, x: x @ params["w"]
+        >>> plan = lj.plan(lj.LoraConfig("w", rank=1), params, fn, (jnp.ones(3),))
         >>> adapter = lj.init(plan, params, key=jax.random.key(0))
         >>> jax.tree.map(jnp.shape, adapter.train)
         {'w': {'a': (3, 1), 'b': (1, 2)}}

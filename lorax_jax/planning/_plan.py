@@ -134,9 +134,9 @@ def plan(
     """
     if fn is None and roles is None:
         raise PlanError(
-            "`plan` needs `fn` to see how the model uses its weights. Pass the function "
-            "and its arguments, `plan(config, params, fn=model.apply, args=(ids,))`, or "
-            "declare `roles` by hand."
+            "`plan` needs `fn` to see how the model uses its weights. Pass the "
+            "function and its arguments, `plan(config, params, fn=model.apply, "
+            "args=(ids,))`, or declare `roles` by hand."
         )
     _check_init(config)
     arrays = [

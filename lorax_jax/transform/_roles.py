@@ -116,7 +116,8 @@ def trace_roles(
             values.append(_whole(found[paths[i]]))
         elif moves[i]:
             values.append(frozenset([_INPUT]))
-    jaxpr, _ = _jaxpr.trace(call)(*[x for x, move in zip(flat, moves) if move])
+    moving = [x for x, move in zip(flat, moves, strict=True) if move]
+    jaxpr, _ = _jaxpr.trace(call)(*moving)
     walk = _Walk(found)
     for value in walk.inside(jaxpr, values):
         for path, consumer in walk.result(value) - {_INPUT}:

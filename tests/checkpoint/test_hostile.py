@@ -7,6 +7,9 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import lorax_jax as lj
@@ -272,7 +275,7 @@ RECORDS = {
     "no JSON": ("{", "is not JSON"),
     "no object": ("[]", "has `version` = None"),
     "version": ('{"version": 2}', "has metadata of version 2"),
-    "keys": ('{"version": 1, "keys": "x"}', "has `keys` = 'x'"),
+    "keys": ('{"version": 1, "keys": "x", "sites": []}', "has `keys` = 'x'"),
     "deep": ("[" * 100_000, "nests too deeply"),
 }
 
@@ -331,7 +334,8 @@ CHANGES = {
         sites({"part.inputs": [1], "part.outputs": [0]}),
         "misshapen|is \\(",
     ),
-    "stack": (sites({"part.stack": [0, 0, 0]}), "unexpected"),
+    "stack": (sites({"part.stack": [0, 0]}), "has shape and axes"),
+    "far stack": (sites({"part.stack": [7]}), "has shape and axes"),
     "base": (sites({"base": "zz"}), "is not the weight that"),
     "sites": (lambda record: record.update(sites={}), "has `sites`"),
 }
@@ -343,8 +347,6 @@ def test_changed_metadata(make, tmp_path, case):
     made = make("llama")
     folder = made.save(tmp_path, params=made.params)
     (folder / CONFIG).unlink()
-    from safetensors import safe_open
-
     with safe_open(folder / TENSORS, framework="np") as file:
         record = json.loads(file.metadata()[FIELD])
     change(record)
@@ -379,3 +381,35 @@ def test_every_error_is_one_of_ours(make, folder):
                 load(folder, make("llama"))
             except LoraxError:
                 pass
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_any_metadata_is_an_error_or_read(make, tmp_path_factory, data):
+    """Whatever one of its values becomes: never an error of another kind."""
+    made = make("llama", scan=data.draw(st.booleans()))
+    folder = made.save(tmp_path_factory.mktemp("meta"))
+    with safe_open(folder / TENSORS, framework="np") as file:
+        record = json.loads(file.metadata()[FIELD])
+    place = record
+    while True:
+        keys = range(len(place)) if isinstance(place, list) else sorted(place)
+        key = data.draw(st.sampled_from(list(keys)))
+        deeper = isinstance(place[key], dict | list) and len(place[key])
+        if not deeper or data.draw(st.booleans()):
+            break
+        place = place[key]
+    place[key] = data.draw(_JSON)
+    text = json.dumps(record)
+    save_file(load_file(folder / TENSORS), folder / TENSORS, metadata={FIELD: text})
+    try:
+        lj.load_adapter(folder, made.params, strict=data.draw(st.booleans()))
+    except LoraxError:
+        pass

@@ -112,7 +112,7 @@ def test_one_use_of_a_tied_weight_cannot_be_merged(key, params):
 
 @pytest.mark.parametrize("use, other", [("lookup", "head"), ("head", "lookup")])
 def test_one_use_is_left_alone_by_the_other(key, use, other):
-    """An adapter of the lookup leaves the head bit-equal to the base, and vice versa."""
+    """An adapter of the lookup leaves the head bit-equal to the base, and so on."""
     params = {"w": jax.random.normal(key, (9, 4))}
     ids, x = jnp.array([[1, 8]]), jnp.ones((2, 4))
 

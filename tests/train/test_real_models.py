@@ -1,4 +1,4 @@
-"""A step of a scanned Llama: recomputing activations changes nothing, and every B moves."""
+"""A step of a scanned Llama: remat changes nothing, and every B moves."""
 
 import jax
 import numpy as np

@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from jax._src.ad_checkpoint import saved_residuals
 from helpers import Counter, assert_close, equations, primitives, random_adapter
+from jax._src.ad_checkpoint import saved_residuals
 
 import lorax_jax as lj
 from lorax_jax._errors import TransformError

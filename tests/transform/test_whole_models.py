@@ -114,7 +114,7 @@ def test_no_dense_delta_and_no_gradient_of_the_base(scan, remat):
 
 
 def test_bfloat16_models_see_no_float32_activation(scan):
-    """Factors in float32, base in bfloat16: what an adapted layer hands on is bfloat16."""
+    """Factors in float32, base in bfloat16: what a layer hands on is bfloat16."""
     model, params, adapter, ids = build(scan_layers=scan, dtype=jnp.bfloat16)
     plain = jax.make_jaxpr(model.apply)(params, ids)
     bound = lj.bind(params, adapter)

@@ -50,8 +50,12 @@ def _jit(run, eqn, operands):
         if name in eqn.params
     }
     if "donated_invars" in changes:
-        kept = [isinstance(operand, Adapted) for operand in operands]
-        flags = [d and not w for d, w in zip(eqn.params["donated_invars"], kept)]
+        flags = [
+            donated and not isinstance(operand, Adapted)
+            for donated, operand in zip(
+                eqn.params["donated_invars"], operands, strict=True
+            )
+        ]
         changes["donated_invars"] = spread(flags, groups, operands, False)
     outs = leaves(kinds)
     for name, fill in (("out_shardings", _jaxpr.UNSPECIFIED), ("out_layouts", None)):

@@ -21,7 +21,7 @@ def read(eqn, shape: tuple[int, ...], indices) -> Take:
     if len(numbers.start_index_map) != 1 or numbers.operand_batching_dims:
         raise Unstructured("the indices run over several axes of the weight at once")
     axis = numbers.start_index_map[0]
-    whole = all(n == m for i, (n, m) in enumerate(zip(sizes, shape)) if i != axis)
+    whole = all(sizes[i] == shape[i] for i in range(len(shape)) if i != axis)
     if not whole or tuple(numbers.collapsed_slice_dims) != (axis,):
         raise Unstructured("the indices take partial slices of the weight")
     out_ndim = len(eqn.outvars[0].aval.shape)
