@@ -29,7 +29,8 @@ def functional(module: nnx.Module) -> tuple[Callable[..., Any], Any, Any]:
         >>> out.shape, sorted(params)
         ((4, 2), ['bias', 'kernel'])
     """
-    graphdef, *boxed = nnx.split(module, nnx.Param, ...)
+    parts: Any = nnx.split(module, nnx.Param, ...)
+    graphdef, *boxed = parts
     trees = [jax.tree.structure(part) for part in boxed]
 
     def refill(tree: Any, values: Any) -> nnx.State:
@@ -45,6 +46,5 @@ def functional(module: nnx.Module) -> tuple[Callable[..., Any], Any, Any]:
         out = running(*args, **kwargs)
         return out, nnx.to_pure_dict(nnx.split(running, nnx.Param, ...)[2])
 
-    states: list[Any] = boxed
-    params, state = map(nnx.to_pure_dict, states)
+    params, state = map(nnx.to_pure_dict, boxed)
     return fn, params, state

@@ -130,14 +130,15 @@ def _tied(
 
 
 def _check_targets(chosen: Targets, known: Sequence[str], picked: Any) -> None:
-    lost = [str(chosen.targets)] if not picked else []
+    lost: list[str] = []
     if not isinstance(chosen.targets, str):
         ends = {suffix for module in known for suffix in suffixes(module)}
         lost = sorted((chosen.targets or set()) - ends)
-    if lost:
+    if lost or not picked:
+        shown = lost or [str(chosen.targets)]
         raise ConfigError(
-            f"{_WHAT} has the targets {shorten(lost)}, which take no module of "
-            f"`names`. Closest: {shorten(_near(lost[0], known))}."
+            f"{_WHAT} has the targets {shorten(shown)}, which take no module of "
+            f"`names`. Closest: {shorten(_near(shown[0], known))}."
         )
 
 

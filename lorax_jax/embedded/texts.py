@@ -65,7 +65,10 @@ def dictionary(raw: str) -> str:
     line is one of verse (or the name of its "author") and stays a line, indented by
     four spaces as in the file.
     """
-    raw = raw[re.search(r"^ABASEMENT, n\.", raw, re.MULTILINE).start() :]
+    first = re.search(r"^ABASEMENT, n\.", raw, re.MULTILINE)
+    if first is None:
+        raise SystemExit("The file has no entry ABASEMENT: is it devil.dict.dz?")
+    raw = raw[first.start() :]
     kept: list[str] = []
     skipping = False
     for block in re.split(r"\n\s*\n", raw):

@@ -102,7 +102,7 @@ _dense = jax.jit(lambda weight: weight.dense())
 
 @jax.jit
 def _errors(weight: Adapted, merged: jax.Array):
-    dense = weight.base.dense() if weight.is_packed else jnp.asarray(weight.base)
+    dense = Adapted(weight.base, ()).dense()
     base = dense.astype(jnp.float32)
     exact = base
     for term in weight.terms:
