@@ -1,7 +1,7 @@
 """`functional`: a Flax NNX module as a pure function."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 from flax import nnx
@@ -29,8 +29,7 @@ def functional(module: nnx.Module) -> tuple[Callable[..., Any], Any, Any]:
         >>> out.shape, sorted(params)
         ((4, 2), ['bias', 'kernel'])
     """
-    parts: Any = nnx.split(module, nnx.Param, ...)
-    graphdef, *boxed = parts
+    graphdef, *boxed = cast(Any, nnx.split(module, nnx.Param, ...))
     trees = [jax.tree.structure(part) for part in boxed]
 
     def refill(tree: Any, values: Any) -> nnx.State:

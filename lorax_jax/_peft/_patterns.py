@@ -186,12 +186,17 @@ def exact_targets(modules: Sequence[str], others: Iterable[str]) -> list[str] | 
     >>> exact_targets(["q", "k"], ["v"]), exact_targets(["head"], ["aux.head"])
     (['q', 'k'], '(?:head)')
     """
-    known = {suffix for name in (*modules, *others) for suffix in _proper(name)}
+    known = {suffix for name in (*modules, *others) for suffix in endings(name)}
     if not known.intersection(modules):
         return list(modules)
     return "(?:" + "|".join(re.escape(module) for module in modules) + ")"
 
 
-def _proper(module: str) -> list[str]:
+def endings(module: str) -> list[str]:
+    """Everything that follows a dot in a module's name.
+
+    >>> endings("h.0.q")
+    ['0.q', 'q']
+    """
     parts = module.split(".")
     return [".".join(parts[i:]) for i in range(1, len(parts))]

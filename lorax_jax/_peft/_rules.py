@@ -13,7 +13,7 @@ from typing import Any
 from .._errors import ConfigError, closest, shorten
 from .._names import Module, NameMap
 from ._fields import DEFAULTS, Ranks, Targets, check_fields, number
-from ._patterns import condense, short_targets, suffixes
+from ._patterns import condense, endings, short_targets
 
 # More layers than models have. What holds for all of them is taken to hold always.
 LAYERS = 256
@@ -131,11 +131,14 @@ def _tied(
 
 def _check_targets(chosen: Targets, known: Sequence[str], picked: Any) -> None:
     lost: list[str] = []
-    if not isinstance(chosen.targets, str):
-        ends = {suffix for module in known for suffix in suffixes(module)}
-        lost = sorted((chosen.targets or set()) - ends)
+    if isinstance(chosen.targets, str):
+        entries = [chosen.targets]
+    else:
+        entries = sorted(chosen.targets or ()) or ["(none)"]
+        ends = {ending for module in known for ending in endings(module)}
+        lost = [e for e in entries if e not in ends and e not in known]
     if lost or not picked:
-        shown = lost or [str(chosen.targets)]
+        shown = lost or entries
         raise ConfigError(
             f"{_WHAT} has the targets {shorten(shown)}, which take no module of "
             f"`names`. Closest: {shorten(_near(shown[0], known))}."

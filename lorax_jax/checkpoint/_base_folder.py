@@ -11,7 +11,7 @@ import numpy as np
 
 from .._errors import CheckpointError
 from .._json import read_json
-from ._safetensors import Entry, Reader
+from ._safetensors import FLOATS, Entry, Reader
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -86,11 +86,10 @@ class BaseFolder:
     def mapped(self, name: str) -> np.ndarray:
         """A floating tensor, read where it is touched and no earlier."""
         entry = self.entry(name)
+        dtype = FLOATS[entry.code]
         if not entry.size:
-            return np.empty(entry.shape, entry.dtype)
-        return np.memmap(
-            self.reader(name).path, entry.dtype, "r", entry.start, entry.shape
-        )
+            return np.empty(entry.shape, dtype)
+        return np.memmap(self.reader(name).path, dtype, "r", entry.start, entry.shape)
 
 
 @contextlib.contextmanager

@@ -89,7 +89,7 @@ def export_merged(
         >>> lj.export_merged("SmolLM2-135M", "my-adapter", "out")  # doctest: +SKIP
     """
     several = isinstance(adapter, list | tuple) and not isinstance(adapter, Adapter)
-    adapters = list(adapter) if several else [adapter]
+    adapters: list[Any] = list(adapter) if several else [adapter]
     if not adapters or (weights is not None and len(weights) != len(adapters)):
         count = "no" if weights is None else len(weights)
         raise CheckpointError(

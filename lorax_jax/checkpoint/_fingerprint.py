@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from jax.core import Tracer
 
 from ..planning import Slot
 
@@ -29,9 +30,7 @@ def fingerprints(slot: Slot, leaves: Mapping[str, Any]) -> list[str] | None:
         to read: types alone, a quantized weight, parts on other hosts.
     """
     leaf = leaves.get(slot.role.path)
-    if not isinstance(leaf, jax.Array | np.ndarray) or isinstance(
-        leaf, jax.core.Tracer
-    ):
+    if not isinstance(leaf, jax.Array | np.ndarray) or isinstance(leaf, Tracer):
         return None
     here = getattr(leaf, "is_fully_addressable", True)
     if not here or not leaf.size or not jnp.issubdtype(leaf.dtype, jnp.floating):

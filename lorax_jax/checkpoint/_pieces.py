@@ -11,7 +11,7 @@ import numpy as np
 
 from .. import _paths
 from .._errors import AdapterError, CheckpointError, closest, shorten
-from .._names import Layout, NameMap
+from .._names import Entry, Layout, NameMap
 from ..adapters import Adapter, Fixed, Use
 from ..planning import Slot
 from ._base_folder import BaseFolder
@@ -296,16 +296,11 @@ def _own_names(files: AdapterFiles, base: BaseFolder) -> NameMap:
     conv1d = base.config.get("model_type") in _CONV1D
     conv1d = conv1d or bool(files.config.get("fan_in_fan_out"))
     square: Layout = "same" if conv1d else "linear"
-    return NameMap(
-        tuple(
-            (
-                _paths.escape(tensor),
-                first + tensor,
-                *(one if len(one) == 1 else (square,)),
-            )
-            for tensor, one in fits.items()
-        )
-    )
+    found: list[Entry] = []
+    for tensor, fit in fits.items():
+        layout = square if len(fit) != 1 else next(iter(fit))
+        found.append((_paths.escape(tensor), first + tensor, layout))
+    return NameMap(tuple(found))
 
 
 def _fits(

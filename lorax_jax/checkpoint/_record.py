@@ -197,7 +197,7 @@ class _Fields:
         wrong = isinstance(value, bool) and kind is not bool
         if not isinstance(value, kinds) or wrong or (among and value not in among):
             raise self.bad(f"`{name}`", value)
-        if kind is float and not abs(value) < 1e30:
+        if isinstance(value, int | float) and not abs(value) < 1e30:
             raise self.bad(f"`{name}`", value)
         return value
 

@@ -122,7 +122,7 @@ class Reader:
 
     def read_into(self, start: int, out: np.ndarray) -> None:
         """Fills a contiguous array with the bytes at `start`."""
-        view = memoryview(out.reshape(-1).view(np.uint8))
+        view = memoryview(out.reshape(-1).view(np.uint8).data)
         self._file.seek(start)
         while view:
             count = self._file.readinto(view)
@@ -243,7 +243,7 @@ class Writer:
         """Appends the bytes of an array: a tensor, or the next rows of one."""
         flat = np.ascontiguousarray(data).reshape(-1)
         self._left -= flat.nbytes
-        self._file.write(flat.view(np.uint8))
+        self._file.write(flat.view(np.uint8).data)
 
     def __enter__(self) -> Self:
         return self

@@ -12,6 +12,8 @@ of columns, do not). So blocks are of rows, and the last one overlaps the one be
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +52,7 @@ class Output:
 
 
 def write_file(
-    path: str, base: BaseFolder, outputs: Sequence[Output], *, safe: bool
+    path: Path, base: BaseFolder, outputs: Sequence[Output], *, safe: bool
 ) -> None:
     """Writes a file of tensors.
 
@@ -147,7 +149,7 @@ def _block(
         return np.asarray(leaf[name]).astype(dtype, copy=False)
 
 
-def _cpu() -> jax.Device | None:
+def _cpu() -> Any:
     """The host, where the tensors are; an accelerator would only be a detour."""
     try:
         return jax.local_devices(backend="cpu")[0]

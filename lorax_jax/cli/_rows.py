@@ -43,7 +43,7 @@ def read_rows(
             "has learned. Lower it."
         )
     kept, held = train.split(records, share=settings["heldout"], seed=settings["seed"])
-    documents, others = (train.tokenize(part, base.tokenizer) for part in (kept, held))
+    documents = train.tokenize(kept, base.tokenizer)
     whole = len(records) == 1 and isinstance(records[0], train.Text)
     if whole and len(documents[0]) <= length:
         raise train.DataError(
@@ -51,6 +51,7 @@ def read_rows(
             f"tokens to train on, and a window takes {length + 1}. Give more text, or "
             f"--length {max(1, len(documents[0]) // 2)}."
         )
+    others = train.tokenize(held, base.tokenizer)
     pad = base.tokenizer.eos_token_id or 0
     rows = train.windows(documents, length=length, pack=settings["pack"], pad_id=pad)
     heldout = None

@@ -167,7 +167,11 @@ def test_a_folder(tmp_path):
     [
         ({"target_modules": ["q", "typo"]}, "the targets typo, which take no module"),
         ({"target_modules": ["kernel"]}, "Closest: .*"),
-        ({"target_modules": []}, r"the targets .*which take no module"),
+        ({"target_modules": []}, r"the targets \(none\), which take no module"),
+        (
+            {"target_modules": ["q"], "exclude_modules": ["q"]},
+            "the targets q, which take no module",
+        ),
         (
             {"target_modules": ["q"], "rank_pattern": {"k": 2}},
             "`rank_pattern` 'k', which takes no adapted module",
