@@ -1,7 +1,7 @@
 """`functional`: a Flax NNX module as a pure function."""
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import jax
 from flax import nnx
@@ -29,7 +29,7 @@ def functional(module: nnx.Module) -> tuple[Callable[..., Any], Any, Any]:
         >>> out.shape, sorted(params)
         ((4, 2), ['bias', 'kernel'])
     """
-    graphdef, *boxed = cast(Any, nnx.split(module, nnx.Param, ...))
+    graphdef, *boxed = _split(module)
     trees = [jax.tree.structure(part) for part in boxed]
 
     def refill(tree: Any, values: Any) -> nnx.State:
@@ -43,7 +43,12 @@ def functional(module: nnx.Module) -> tuple[Callable[..., Any], Any, Any]:
         parts = [refill(*pair) for pair in zip(trees, (params, state), strict=True)]
         running = nnx.merge(graphdef, *parts)
         out = running(*args, **kwargs)
-        return out, nnx.to_pure_dict(nnx.split(running, nnx.Param, ...)[2])
+        return out, nnx.to_pure_dict(_split(running)[2])
 
     params, state = map(nnx.to_pure_dict, boxed)
     return fn, params, state
+
+
+def _split(module: nnx.Module) -> Any:
+    """The module's structure, its parameters, and everything else that has values."""
+    return nnx.split(module, nnx.Param, ...)
