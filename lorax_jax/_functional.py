@@ -23,6 +23,7 @@ def functional(module: nnx.Module) -> tuple[Callable[..., Any], Any, Any]:
         did to the state.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> module = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
         >>> fn, params, state = functional(module)
         >>> out, state = fn(params, state, jnp.ones((4, 3)))

@@ -10,7 +10,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -38,10 +37,3 @@ def optimized():
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)
-
-
-@pytest.fixture(autouse=True)
-def doctest_names(request):
-    """Names that every docstring example may use without importing them."""
-    names = request.getfixturevalue("doctest_namespace")
-    names["jax"], names["jnp"] = jax, jnp

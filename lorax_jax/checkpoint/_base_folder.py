@@ -61,6 +61,11 @@ class BaseFolder:
         self._readers = readers
         self._where = {n: file for file, names in self.shards.items() for n in names}
 
+    @property
+    def tied(self) -> bool:
+        """Whether the configuration says that the head shares the table of tokens."""
+        return self.config.get("tie_word_embeddings") is True
+
     def __contains__(self, name: str) -> bool:
         return name in self._where
 

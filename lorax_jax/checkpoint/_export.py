@@ -16,7 +16,7 @@ from .._names import NameMap
 from ..adapters import Adapter
 from ._atomic import check_space, replacing
 from ._base_folder import CONFIG, INDEX, SINGLE, BaseFolder, copy_rest, open_base
-from ._pieces import TOKEN_TABLES, Piece, pieces_of
+from ._pieces import HEAD, TOKEN_TABLES, Piece, pieces_of
 from ._safetensors import FLOATS, code_of
 from ._stream import Output, write_file
 
@@ -122,12 +122,15 @@ def export_merged(
         return Export(merged, len(outputs) - len(merged), changes.untied)
 
 
+Added = tuple[tuple[Piece, float], ...]
+
+
 class _Changes:
     """What is added to which tensor, and what becomes of a tie."""
 
     def __init__(self, base: BaseFolder, names: NameMap | None):
         self.base = base
-        self.head = f"{'lm_head' if names is None else names.head}.weight"
+        self.head = HEAD if names is None else f"{names.head}.weight"
         self.pieces: list[tuple[Piece, float]] = []
 
     def add(self, piece: Piece, weight: float) -> None:
@@ -145,13 +148,14 @@ class _Changes:
         for name in base:
             entry = base.entry(name)
             new = entry.code if code is None or entry.code not in FLOATS else code
-            pieces = [(p, w) for p, w in self.pieces if p.tensor == name]
+            source, pieces = name, self._on(name)
             if name == self.head and self._table is not None:
-                pieces = self._on_head(self._table)
-            found.append(Output(name, name, new, entry.shape, tuple(pieces)))
+                source = self._table
+                pieces = self._on_head() if self.untied else self._on(source)
+            found.append(Output(name, source, new, entry.shape, pieces))
             if self.untied and name == self._table and self.head not in base:
                 self._check_prefix(name)
-                head = tuple(self._on_head(name))
+                head = self._on_head()
                 found.append(Output(self.head, name, new, entry.shape, head))
         return found
 
@@ -163,19 +167,23 @@ class _Changes:
                 return piece.tensor
             if piece.use == "head" and piece.source != self.head:
                 return piece.source
-        if self.head in self.base and not self.base.config.get("tie_word_embeddings"):
+        if self.head in self.base and not self.base.tied:
             return None
         names = (p.tensor for p, _ in self.pieces if p.layout == "same")
         return next((n for n in names if n.split(".")[-2] in TOKEN_TABLES), None)
 
-    def _on_head(self, table: str) -> list[tuple[Piece, float]]:
+    def _on(self, name: str) -> Added:
+        return tuple((p, weight) for p, weight in self.pieces if p.tensor == name)
+
+    def _on_head(self) -> Added:
+        """What is added to the head of a tied model that is untied."""
         found = []
         for piece, weight in self.pieces:
             if piece.tensor == self.head:
                 found.append((piece, weight))
-            elif piece.tensor == table and piece.use is None:
+            elif piece.tensor == self._table and piece.use is None:
                 found.append((piece.on_head(self.head), weight))
-        return found
+        return tuple(found)
 
     def _check_prefix(self, table: str) -> None:
         """A checkpoint of the model without its head has no place for one."""

@@ -25,6 +25,7 @@ from ._record import FileSite, Part
 # ones need the name: the shape tells the others.
 _CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _WEIGHT = ".weight"
+HEAD = "lm_head.weight"
 
 # Modules that hold a table of tokens, by the last part of their names.
 TOKEN_TABLES = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings")
@@ -131,7 +132,7 @@ def _of_adapter(adapter: Adapter, base: BaseFolder, names: NameMap) -> Iterator[
             layout = names.layout(path)
             yield Piece(
                 tensor=tensor,
-                source=tensor if tensor in base else source,
+                source=tensor if tensor in base and not base.tied else source,
                 a=a[i, :, : ranks[i]],
                 b=b[i, : ranks[i]],
                 scale=scales[i],
@@ -288,6 +289,8 @@ def _own_names(files: AdapterFiles, base: BaseFolder) -> NameMap:
     first = _left_out(shapes, base)
     fits: dict[str, set[Layout]] = {}
     for tensor in base:
+        if tensor == HEAD and base.tied:
+            continue  # a copy of the table, which nobody reads
         if len(base.entry(tensor).shape) == 2 and tensor.endswith(_WEIGHT):
             module = first + tensor.removesuffix(_WEIGHT)
             fits[tensor] = _fits(shapes.get(module, {}), base.entry(tensor).shape)
