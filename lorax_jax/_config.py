@@ -1,6 +1,7 @@
 """What to adapt, and how: `LoraConfig`."""
 
 import dataclasses
+import functools
 import math
 import os
 import re
@@ -55,7 +56,7 @@ class Rule:
 
     def matches(self, path: str) -> bool:
         """Whether the pattern matches all of `path`."""
-        return re.fullmatch(self.pattern, path) is not None
+        return _compiled(self.pattern).fullmatch(path) is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,6 +218,9 @@ class LoraConfig:
             tie=self.tie if rule.tie is None else rule.tie,
         )
 
+
+# `re` forgets all but its last 512 patterns; a rule for each site may need more.
+_compiled = functools.lru_cache(maxsize=None)(re.compile)
 
 _OVERRIDES = tuple(f.name for f in dataclasses.fields(Rule) if f.name != "pattern")
 

@@ -9,6 +9,7 @@ from ._errors import CheckpointError
 
 # An `adapter_config.json` that names every module of a large model is some 100 kB.
 MOST_BYTES = 16 << 20
+_MOST_DEPTH = 40
 
 
 def parse_json(text: bytes, what: str, *, finite: bool = True) -> Any:
@@ -46,15 +47,28 @@ def parse_json(text: bytes, what: str, *, finite: bool = True) -> Any:
         return value
 
     try:
-        return json.loads(
+        found = json.loads(
             text, object_pairs_hook=pairs, parse_float=number, parse_constant=number
         )
+        _check_depth(found)
+        return found
     except RecursionError:
         raise CheckpointError(f"{what} nests too deeply.") from None
     except ValueError as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{what} is not JSON: {error}") from None
+
+
+def _check_depth(value: Any) -> None:
+    """Raises `RecursionError`: Python's own limit differs from release to release."""
+    layer = [value] if isinstance(value, dict | list) else []
+    for _ in range(_MOST_DEPTH):
+        inside = (v.values() if isinstance(v, dict) else v for v in layer)
+        layer = [x for values in inside for x in values if isinstance(x, dict | list)]
+        if not layer:
+            return
+    raise RecursionError
 
 
 def read_json(path: Path, *, finite: bool = True) -> dict[str, Any]:

@@ -67,8 +67,14 @@ def flatten(
 
     paths: list[str] = []
     for keys, node in _tree.tree_flatten_with_path(tree, is_leaf=stop)[0]:
-        inside = jax.tree.leaves(node, is_leaf=is_leaf) if is_box(node) else [node]
-        paths += [path_string(keys)] * len(inside)
+        if not is_box(node):
+            paths.append(path_string(keys))
+            continue
+        inside = _tree.tree_flatten_with_path(node, is_leaf=is_leaf)[0]
+        for inner, _ in inside:
+            # A box of one array adds nothing; of several, what tells them apart.
+            more = inner[1:] if len(inside) > 1 else ()
+            paths.append(path_string((*keys, *more)))
     return list(zip(paths, leaves, strict=True)), treedef
 
 

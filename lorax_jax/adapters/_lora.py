@@ -57,6 +57,8 @@ class LowRank(Term):
     use: Use | None = dataclasses.field(default=None, metadata={"static": True})
 
     def dot(self, y: jax.Array, x: jax.Array, dims: Dot) -> jax.Array:
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            x = x.astype(y.dtype)  # integers times a floating weight
         x = self._dropped(x)
         labels, out = dims.x_labels, dims.out_labels
         a = self.a.array.astype(x.dtype), self.a.axes

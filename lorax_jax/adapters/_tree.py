@@ -154,6 +154,8 @@ def bind(
     """
     if weights is None:
         weights = [1.0] * len(adapters)
+    if not isinstance(weights, Sequence) and jnp.ndim(weights) == 0:
+        weights = [weights]
     if len(weights) != len(adapters):
         raise AdapterError(
             f"`weights` has {len(weights)} entries for {len(adapters)} adapters. Give "
@@ -168,7 +170,10 @@ def bind(
             base = by_path.get(fixed.role.path)
             if base is None:
                 raise AdapterError(_no_such_leaf(fixed.role, list(by_path)))
-            site_key = None if key is None else jax.random.fold_in(key, index)
+            before = len(base.terms) if isinstance(base, Adapted) else 0
+            site_key = None
+            if key is not None:
+                site_key = jax.random.fold_in(key, index + before)
             terms.setdefault(fixed.role.path, []).append(
                 _term(base, adapter.train[name], fixed, weight, site_key)
             )
@@ -186,8 +191,14 @@ def _term(
     base: Any, train: Mapping[str, Any], fixed: Fixed, weight: Any, key: Any
 ) -> Term:
     role = fixed.role
+    _check_parts(train, fixed)
     a, b = train["a"], train["b"]
     _check_shapes(base, a, b, role)
+    if jnp.shape(weight) not in ((), jnp.shape(fixed["scale"])):
+        raise AdapterError(
+            f"A multiplier in `weights` has the shape {jnp.shape(weight)}; for "
+            f"{role.name!r} a number is meant, or one for each layer of its stack."
+        )
     scale = (
         fixed["scale"]
         if isinstance(weight, float) and weight == 1.0
@@ -212,6 +223,8 @@ def _term(
 
 def dropout_keys(key: jax.Array, role: Role, layers: tuple[int, ...]) -> jax.Array:
     """A key for each layer of a weight, shape `layers`."""
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)  # an old-style key would have two axes
     key = jax.random.fold_in(key, stable_hash(role.name))
     return jax.random.split(key, layers) if layers else key
 
@@ -255,7 +268,24 @@ def _no_such_leaf(role: Role, paths: Sequence[str]) -> str:
     )
 
 
+def _check_parts(train: Mapping[str, Any], fixed: Fixed) -> None:
+    missing = [n for n in ("a", "b") if n not in train]
+    missing += [n for n in ("scale", "rank") if n not in fixed]
+    if missing:
+        raise AdapterError(
+            f"The adapter of {fixed.role.name!r} lacks {missing}. `train` and `fixed` "
+            "must come from one `init` or `load_adapter`, whole."
+        )
+
+
 def _check_shapes(base: Any, a: Any, b: Any, role: Role) -> None:
+    if not hasattr(base, "shape"):
+        raise AdapterError(
+            f"The parameters hold {base!r:.60} at {role.path!r}, which is no array. "
+            "Bind the adapter to the parameters that it was planned on."
+        )
+    if not jnp.issubdtype(base.dtype, jnp.floating):
+        raise AdapterError(not_floating(role.path, base.dtype))
     shape = tuple(base.shape)
     if max((*role.inputs, *role.outputs, *role.batch), default=-1) >= len(shape):
         raise AdapterError(_misfit(role, shape, a, b))
@@ -264,6 +294,14 @@ def _check_shapes(base: Any, a: Any, b: Any, role: Role) -> None:
     want_b = (*batch, jnp.shape(a)[-1], *role.sizes(shape, role.outputs))
     if jnp.shape(a)[:-1] != want_a or jnp.shape(b) != want_b:
         raise AdapterError(_misfit(role, shape, a, b))
+
+
+def not_floating(path: str, dtype: Any) -> str:
+    """Why a weight of this dtype cannot be adapted."""
+    return (
+        f"{path!r} has the dtype {dtype}, and A B cannot be added to it: a weight must "
+        "be floating. A quantized base is a `lorax_jax.quant.Base`."
+    )
 
 
 def _misfit(role: Role, shape: tuple[int, ...], a: Any, b: Any) -> str:

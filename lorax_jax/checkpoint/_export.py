@@ -44,7 +44,7 @@ def export_merged(
     out_dir: str | os.PathLike,
     *,
     names: Any = None,
-    weights: Sequence[float] | None = None,
+    weights: Sequence[float] | float | None = None,
     dtype: Any = None,
     max_shard_size: int | str | None = None,
     safe: bool = True,
@@ -90,6 +90,8 @@ def export_merged(
     """
     several = isinstance(adapter, list | tuple) and not isinstance(adapter, Adapter)
     adapters: list[Any] = list(adapter) if several else [adapter]
+    if isinstance(weights, int | float):
+        weights = [weights]
     if not adapters or (weights is not None and len(weights) != len(adapters)):
         count = "no" if weights is None else len(weights)
         raise CheckpointError(

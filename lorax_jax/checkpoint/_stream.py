@@ -137,13 +137,12 @@ def _block(
     name = pieces[0][0].tensor
     role = Role(_paths.escape(name), inputs=(0,), outputs=(1,))
     with jax.default_device(_cpu()):
-        adapters = [
-            Adapter(
-                {name: {"a": jnp.asarray(piece.a[rows]), "b": jnp.asarray(piece.b)}},
-                {name: Fixed(role, {"scale": jnp.asarray(piece.scale)})},
-            )
-            for piece, _ in pieces
-        ]
+        adapters = []
+        for piece, _ in pieces:
+            train = {"a": jnp.asarray(piece.a[rows]), "b": jnp.asarray(piece.b)}
+            rank = jnp.asarray(piece.a.shape[-1], jnp.int32)
+            fixed = Fixed(role, {"scale": jnp.asarray(piece.scale), "rank": rank})
+            adapters.append(Adapter({name: train}, {name: fixed}))
         weights = [weight for _, weight in pieces]
         leaf = merge({name: jnp.asarray(base)}, *adapters, weights=weights, safe=safe)
         return np.asarray(leaf[name]).astype(dtype, copy=False)

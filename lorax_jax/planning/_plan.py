@@ -132,6 +132,16 @@ def plan(
         >>> [(site.path, site.rank, site.trainable) for site in plan]
         [('attn/q', 4, 512)]
     """
+    if not isinstance(config, LoraConfig):
+        raise PlanError(
+            f"`config` = {config!r:.60} is no `LoraConfig`. Write "
+            "`plan(LoraConfig(targets=...), params, fn, args)`."
+        )
+    if not isinstance(args, tuple | list):
+        raise PlanError(
+            f"`args` is a {type(args).__name__}; the function's other arguments are "
+            "meant, in a tuple: `args=(x,)`."
+        )
     if fn is None and roles is None:
         raise PlanError(
             "`plan` needs `fn` to see how the model uses its weights. Pass the "
@@ -181,6 +191,8 @@ def _declare(found: dict[str, Leaf], roles: Mapping[str, Any]) -> None:
             )
         if isinstance(declared, Role):
             declared = dataclasses.asdict(declared)
+        if not isinstance(declared, Mapping):
+            declared = {"?": declared}
         unknown = set(declared) - {f.name for f in dataclasses.fields(Role)}
         leaf = found[path]
         inputs, outputs = declared.get("inputs", ()), declared.get("outputs", ())

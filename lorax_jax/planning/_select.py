@@ -1,6 +1,7 @@
 """Which leaves a configuration takes, and in which role."""
 
 import dataclasses
+import itertools
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -40,7 +41,9 @@ class Selection:
         self.config = config
         self.leaves = leaves
         self.candidates = [c for leaf in leaves.values() for c in _candidates(leaf)]
+        self.rows = table_rows(leaves)
         self.rules = self._rules()
+        self.excluded = [Rule(pattern) for pattern in config.exclude]
         self.counts = [0] * len(self.rules)
         self.shadowed = [0] * len(self.rules)
 
@@ -70,7 +73,7 @@ class Selection:
             if any(_matches(rule, candidate) for candidate in self.candidates):
                 return [rule]
         linear = [
-            leaf.path for leaf in self.leaves.values() if is_linear(leaf, self.leaves)
+            leaf.path for leaf in self.leaves.values() if is_linear(leaf, self.rows)
         ]
         raise PlanError(
             "`targets` is None, and the names of these parameters are those of no "
@@ -80,8 +83,7 @@ class Selection:
         )
 
     def _match(self, candidate: Candidate) -> Rule | None:
-        excluded = (Rule(pattern) for pattern in self.config.exclude)
-        if any(_matches(rule, candidate) for rule in excluded):
+        if any(_matches(rule, candidate) for rule in self.excluded):
             return None
         layers = self.config.layers
         if layers is not None and candidate.layer not in layers:
@@ -89,7 +91,7 @@ class Selection:
         first = None
         for i, rule in enumerate(self.rules):
             if rule.pattern == ALL_LINEAR:
-                hit = is_linear(candidate.leaf, self.leaves)
+                hit = is_linear(candidate.leaf, self.rows)
             else:
                 hit = _matches(rule, candidate)
             if hit and first is None:
@@ -200,23 +202,32 @@ def max_rank(role: Role, shape: Sequence[int]) -> int:
     return min(d_in, d_out)
 
 
-def is_linear(leaf: Leaf, leaves: Mapping[str, Leaf]) -> bool:
+def is_linear(leaf: Leaf, rows: frozenset[int]) -> bool:
     """What `"all-linear"` takes: a weight that a product consumes, but no output head.
 
     The head is a product whose outputs are as many as a looked-up table has rows and
-    reach the function's result with no other weight behind them.
+    make a result of the function by themselves. `rows` is from `table_rows`.
     """
     products = leaf.of_kind("product")
     if not any("in" in c.axes and "out" in c.axes for c in products):
         return False
-    rows = {
-        other.size(consumer, "in")
-        for other in leaves.values()
-        for consumer in other.of_kind("lookup")
-    }
-    return not any(
+    return not is_head(leaf, rows)
+
+
+def is_head(leaf: Leaf, rows: frozenset[int]) -> bool:
+    """Whether a product with the leaf makes one output for each row of a table."""
+    return any(
         consumer in leaf.heads and leaf.size(consumer, "out") in rows
-        for consumer in products
+        for consumer in leaf.of_kind("product")
+    )
+
+
+def table_rows(leaves: Mapping[str, Leaf]) -> frozenset[int]:
+    """Numbers of rows of the tables that the function looks up."""
+    return frozenset(
+        leaf.size(consumer, "in")
+        for leaf in leaves.values()
+        for consumer in leaf.of_kind("lookup")
     )
 
 
@@ -325,17 +336,21 @@ def _candidates(leaf: Leaf) -> Iterable[Candidate]:
         path = leaf.path
         # From the innermost stack out, so that depths stay right as indices go in.
         for axis, i in sorted(
-            zip(stacks, index, strict=True), key=lambda x: -leaf.stacks[x[0]]
+            zip(stacks, index, strict=True), key=lambda x: (-leaf.stacks[x[0]], -x[0])
         ):
             path = _paths.insert_index(path, leaf.stacks[axis], i)
         yield Candidate(path, leaf, index, _layer(path, index))
 
 
 def _layer(path: str, index: tuple[int, ...]) -> int | None:
-    """The layer's number: the first number in the path, as an unrolled model has it."""
-    del index
-    numbers = [part for part in path.split("/") if part.isdigit()]
-    return int(numbers[0]) if numbers else None
+    """The layer's number: its index in a stack, or the first number behind a name."""
+    if index:
+        return index[0]
+    parts = path.split("/")
+    for name, part in itertools.pairwise(parts):
+        if part.isdigit() and not name.isdigit():
+            return int(part)
+    return None
 
 
 def _matches(rule: Rule, candidate: Candidate) -> bool:

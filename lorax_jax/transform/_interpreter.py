@@ -1,6 +1,7 @@
 """`adapt`: runs a function on adapted weights, building none of them."""
 
 import contextvars
+import difflib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
@@ -269,10 +270,21 @@ def _options(materialize: str | Iterable[str], custom: str) -> Options:
         raise TransformError(
             f"`custom` = {custom!r}; one of 'error', 'primal', 'materialize' is meant."
         )
-    if materialize in ("error", "allow"):
+    if isinstance(materialize, str) and materialize in ("error", "allow"):
         return Options(materialize == "allow", custom)
-    names = (materialize,) if isinstance(materialize, str) else tuple(materialize)
-    return Options(frozenset(names), custom)
+    names = (materialize,) if isinstance(materialize, str) else materialize
+    if isinstance(names, bool) or not isinstance(names, Iterable):
+        raise TransformError(
+            f"`materialize` = {names!r}; 'error', 'allow' or the names of primitives "
+            "are meant, as in `materialize=('sort',)`."
+        )
+    names = frozenset(names)
+    for name in names:
+        if difflib.get_close_matches(name, ("error", "allow"), cutoff=0.7):
+            raise TransformError(
+                f"`materialize` names a primitive {name!r}. Is 'error' or 'allow' meant?"
+            )
+    return Options(names, custom)
 
 
 class _Entry:

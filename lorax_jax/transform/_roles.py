@@ -55,8 +55,8 @@ class Leaf:
         path: its path.
         shape: its shape.
         consumers: how it is consumed, in program order, without repetitions.
-        heads: which consumers' products reach the function's result with no other
-            weight behind them.
+        heads: which consumers' products alone make a result of the function, with no
+            other weight behind or beside them.
         stacks: its axes that are read a layer at a time, each with the depth in the
             path at which the stack lives.
         stopped: whether a `stop_gradient` lies on its way.
@@ -120,7 +120,10 @@ def trace_roles(
     jaxpr, _ = _jaxpr.trace(call)(*moving)
     walk = _Walk(found)
     for value in walk.inside(jaxpr, values):
-        for path, consumer in walk.result(value) - {_INPUT}:
+        # A head is alone: a residual stream carries many products to a result.
+        behind = walk.result(value) - {_INPUT}
+        if len(behind) == 1:
+            ((path, consumer),) = behind
             found[path].heads.add(consumer)
     walk.place_stacks()
     return found
@@ -195,6 +198,8 @@ class _Walk:
         self.read_together: dict[Any, dict[str, int]] = {}
         # The line of the innermost enclosing call: see `_interpreter.source`.
         self.source = ""
+        # The calls that enclose the walk: one function called twice reads twice.
+        self.calls: tuple[int, ...] = ()
 
     def jaxpr(self, jaxpr: Any, consts: Sequence[Any], values: Sequence[Any]) -> list:
         env: dict[Any, Any] = {}
@@ -218,11 +223,14 @@ class _Walk:
         return [read(atom) for atom in jaxpr.outvars]
 
     def equation(self, eqn: Any, operands: list[Any], producer: Any) -> list[Any]:
-        before, self.source = self.source, _jaxpr.source(eqn) or self.source
+        before = self.source, self.calls
+        self.source = _jaxpr.source(eqn) or self.source
+        if eqn.primitive.name in _INNER:
+            self.calls = (*self.calls, id(eqn))
         try:
             return self._equation(eqn, operands, producer)
         finally:
-            self.source = before
+            self.source, self.calls = before
 
     def _equation(self, eqn: Any, operands: list[Any], producer: Any) -> list[Any]:
         name = eqn.primitive.name
@@ -240,12 +248,28 @@ class _Walk:
             return getattr(self, _INNER[name])(eqn, operands)
         rule = RULES.get(name)
         at = [i for i, value in enumerate(operands) if _is_weight(value)]
+        if len(at) == 2 and name in ("mul", "div"):
+            at = self.rescaled(eqn, operands)
         if rule is not None and rule.axes is not None and len(at) == 1:
             try:
                 return self.structural(eqn, rule, at[0], operands, producer)
             except Unstructured:
                 pass
         return self.other(eqn, operands)
+
+    def rescaled(self, eqn: Any, operands: list[Any]) -> list[int]:
+        """Which of two parameters in a product is the weight: the one that fills it."""
+        sizes = eqn.outvars[0].aval.shape
+        full = [
+            all(p.axes[i] for p in probes for i, n in enumerate(sizes) if n > 1)
+            and eqn.invars[at].aval.shape == sizes
+            for at, probes in enumerate(operands)
+        ]
+        if full[0] == full[1]:
+            return []
+        for probe in operands[full.index(False)]:
+            self.note(probe, self.used(eqn.primitive.name, "other"))
+        return [full.index(True)]
 
     def structural(self, eqn, rule, at, operands, producer) -> list[Any]:
         shape = eqn.invars[at].aval.shape
@@ -406,7 +430,8 @@ class _Walk:
             return x
         for probe in x:
             for axis in probe.axes[0]:
-                group = self.read_together.setdefault(("scan", id(eqn)), {})
+                instance = ("scan", id(eqn), self.calls)
+                group = self.read_together.setdefault(instance, {})
                 group[probe.leaf] = axis
         return tuple(dataclasses.replace(p, axes=p.axes[1:]) for p in x)
 

@@ -2,6 +2,7 @@
 
 import jax
 from jax import lax
+from jax.extend import core
 
 from ..._errors import TransformError
 from ...adapters import Adapted
@@ -94,7 +95,7 @@ def _thin(jaxpr, policy):
     what the policy says.
     """
     up, other = set(), set()
-    for eqn in jaxpr().eqns:
+    for eqn in _equations(jaxpr()):
         if eqn.primitive is lax.dot_general_p:
             kind = _signature([v.aval for v in eqn.invars], eqn.params)
             scopes = str(eqn.source_info.name_stack).split("/")
@@ -107,6 +108,14 @@ def _thin(jaxpr, policy):
         return policy(primitive, *avals, **params)
 
     return thin
+
+
+def _equations(jaxpr):
+    """The equations of a jaxpr and of those inside it, which the policy sees too."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in core.jaxprs_in_params(eqn.params):
+            yield from _equations(_jaxpr.closed(inner)[0])
 
 
 def _signature(avals, params):
