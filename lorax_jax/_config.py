@@ -154,8 +154,9 @@ class LoraConfig:
             names: the model's name table, a `NameMap` or its entries.
 
         Raises:
-            CheckpointError: if it asks for more than LoRA, naming each such field.
-            ConfigError: if a target or pattern takes no module of `names`.
+            ConfigError: if it asks for more than LoRA, naming each such field, or if a
+                target or pattern takes no module of `names`.
+            CheckpointError: if the folder holds no readable `adapter_config.json`.
 
         Example:
             >>> names = [("h/{i}/q/kernel", "h.{i}.q.weight", "linear"),

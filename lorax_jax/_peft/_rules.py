@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from .._errors import ConfigError, closest, shorten
+from .._errors import CheckpointError, ConfigError, closest, shorten
 from .._names import Module, NameMap
 from ._fields import DEFAULTS, Ranks, Targets, check_fields, number
 from ._patterns import condense, endings, short_targets
@@ -34,9 +34,16 @@ def from_peft(config: Mapping[str, Any], names: NameMap) -> dict[str, Any]:
         paths to overrides.
 
     Raises:
-        CheckpointError: if the fields ask for more than LoRA, or are malformed.
-        ConfigError: if a target or pattern takes no module of the table.
+        ConfigError: if the fields ask for more than LoRA or are malformed, or if a
+            target or pattern takes no module of the table.
     """
+    try:
+        return _from_peft(config, names)
+    except CheckpointError as error:  # here it is no file that is wrong
+        raise ConfigError(str(error)) from None
+
+
+def _from_peft(config: Mapping[str, Any], names: NameMap) -> dict[str, Any]:
     check_fields(config, _WHAT, trained=False)
     ranks, chosen = Ranks(config, _WHAT), Targets(config, _WHAT)
     init = config.get("init_lora_weights", True)

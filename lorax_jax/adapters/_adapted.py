@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 
+from .._errors import TransformError
 from ..quant import Base
 from ..structure import (
     AxisOp,
@@ -68,6 +69,13 @@ class Adapted:
     def __repr__(self):
         names = ", ".join(type(term).__name__ for term in self.terms)
         return f"Adapted({self.origin.path!r}, base={self.base!r}, terms=[{names}])"
+
+    def __jax_array__(self):
+        raise TransformError(
+            f"The adapted weight {self.origin.path!r} is used in a plain function. "
+            "Call the function through `lj.adapt(fn)`, or build the weights with "
+            "`lj.merge`."
+        )
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
 """LoRA: the low-rank term `W + s A B`."""
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ..structure import (
     RANK,
+    Along,
+    AxisOp,
     Dot,
     Factor,
     OperandLabel,
@@ -125,6 +127,12 @@ class LowRank(Term):
         # The head of a tied table: what is looked up are its outputs.
         head = self.use == "head"
         return head and self.b.holds(axis) and not self.a.holds(axis)
+
+    def apply(self, op: AxisOp) -> "LowRank":
+        if isinstance(op, Along) and op.fills:
+            if self.key is not None and self.key.holds(op.axis):
+                raise Unstructured("layers with dropout keys of their own are padded")
+        return cast(LowRank, super().apply(op))
 
     def rescale(self, op: Scale) -> "LowRank":
         for name in ("b", "a"):

@@ -162,6 +162,8 @@ def bind(
             "one multiplier for each, in the same order."
         )
     leaves, treedef = _paths.flatten(params, is_leaf=is_weight)
+    if key is not None and not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)  # a key of the old style, two integers
     by_path = dict(leaves)
     terms: dict[str, list[Term]] = {}
     for index, (adapter, weight) in enumerate(zip(adapters, weights, strict=True)):
@@ -223,8 +225,6 @@ def _term(
 
 def dropout_keys(key: jax.Array, role: Role, layers: tuple[int, ...]) -> jax.Array:
     """A key for each layer of a weight, shape `layers`."""
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.wrap_key_data(key)  # an old-style key would have two axes
     key = jax.random.fold_in(key, stable_hash(role.name))
     return jax.random.split(key, layers) if layers else key
 

@@ -95,8 +95,10 @@ class Loading:
         self.tree = Tree(params)
         self.plan = plan
         self.names = None if names is None else NameMap.of(names)
-        self.left = dict.fromkeys(self.entries)
+        self.left = dict.fromkeys(self.entries)  # keys that no site has claimed
         self.promised = 0
+        self.prefix = PREFIX
+        self.rslora = False
         self.missing: list[str] = []
         self.misshapen: list[str] = []
         self.nonfinite: list[str] = []
@@ -130,7 +132,7 @@ class Loading:
         plan = plan_of(
             places,
             self.tree,
-            rslora=self._rslora,
+            rslora=self.rslora,
             dtype=kept[0][1][0].dtype,
             plan=self.plan,
         )
@@ -154,7 +156,7 @@ class Loading:
         record = self.files.record
         if record is not None:
             self.prefix = PREFIX if record.keys == "peft" else ""
-            self._rslora = record.rslora
+            self.rslora = record.rslora
             return list(record.sites)
         if self.names is None:
             raise CheckpointError(
@@ -167,25 +169,28 @@ class Loading:
         self.prefix = found.prefix
         self.missing += found.missing
         self.promised = len(found.missing) // 2
-        self._rslora = bool(self.files.config.get("use_rslora"))
+        self.rslora = bool(self.files.config.get("use_rslora"))
         return found.sites
 
     def _place(self, sites: list[FileSite]) -> list[Placed]:
         """The sites' places; those without one keep their keys in `left`."""
         if self.plan is None:
-            placed = place_by_path(self.tree, sites)
-        else:
-            placed = place_by_plan(self.plan, sites)
-            here = {(site.path, site.use) for site in placed}
-            names = self.names if self.prefix else None
-            for place in self._planned(names):
-                if (place.site.path, place.site.use) not in here:
-                    self._miss(place.site)
+            return list(place_by_path(self.tree, sites).values())
+        for slot in self.plan.slots:
+            leaf = self.tree.leaves.get(slot.role.path)
+            if leaf is None or tuple(leaf.shape) != slot.shape:
+                found = "no such leaf" if leaf is None else tuple(leaf.shape)
+                raise CheckpointError(
+                    f"The plan has {slot.role.path!r} with shape {slot.shape}, and "
+                    f"`params` has {found}. Give the parameters that the plan was made "
+                    "on."
+                )
+        placed = place_by_plan(self.plan, sites)
+        here = {(site.path, site.use) for site in placed}
+        for place in placed_sites(self.plan, self.names if self.prefix else None):
+            if (place.site.path, place.site.use) not in here:
+                self._miss(place.site)
         return list(placed.values())
-
-    def _planned(self, names: NameMap | None) -> list[Placed]:
-        assert self.plan is not None
-        return placed_sites(self.plan, names)
 
     def _miss(self, site: FileSite) -> None:
         prefix = self.prefix if self.names is not None or not self.prefix else ""

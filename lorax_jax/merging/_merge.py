@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from .._errors import AdapterError
 from ..adapters import Adapted, Adapter, bind
@@ -83,6 +84,11 @@ def merge(
                 f"{path!r} cannot be merged: {error}. Untie the weight first: give "
                 "the head a leaf of its own and adapt that."
             ) from None
+        if safe and isinstance(merged, Tracer):
+            raise AdapterError(
+                "`safe` looks at values, and inside `jit` there are none yet. Merge "
+                "outside, or check the result yourself."
+            )
         if safe and not bool(jnp.isfinite(merged).all()):
             raise AdapterError(
                 f"Merging into {path!r} gives NaN or infinity. Nothing was changed; "

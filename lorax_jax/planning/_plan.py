@@ -159,8 +159,8 @@ def plan(
     else:
         found = {path: Leaf(path, tuple(leaf.shape)) for path, leaf in arrays}
     _declare(found, roles or {})
-    selection = Selection(config, found)
-    slots = selection.slots({path: leaf.dtype for path, leaf in arrays})
+    selection = Selection(config, found, {path: leaf.dtype for path, leaf in arrays})
+    slots = selection.slots()
     patterns = [rule.pattern for rule in selection.rules]
     return Plan(
         config,

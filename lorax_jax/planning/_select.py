@@ -6,10 +6,12 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
+
 from .. import _paths
 from .._config import ALL_LINEAR, LoraConfig, Rule
 from .._errors import PlanError, closest, listing, shorten
-from ..adapters import Role, Use
+from ..adapters import Role, Use, not_floating
 from ..transform import Consumer, Leaf
 from ._sites import Site, Slot, parameters, part_indices
 
@@ -37,9 +39,15 @@ class Candidate:
 class Selection:
     """Matches rules to leaves, and remembers who matched what."""
 
-    def __init__(self, config: LoraConfig, leaves: Mapping[str, Leaf]):
+    def __init__(
+        self,
+        config: LoraConfig,
+        leaves: Mapping[str, Leaf],
+        dtypes: Mapping[str, Any],
+    ):
         self.config = config
         self.leaves = leaves
+        self.dtypes = dtypes
         self.candidates = [c for leaf in leaves.values() for c in _candidates(leaf)]
         self.rows = table_rows(leaves)
         self.rules = self._rules()
@@ -47,7 +55,7 @@ class Selection:
         self.counts = [0] * len(self.rules)
         self.shadowed = [0] * len(self.rules)
 
-    def slots(self, dtypes: Mapping[str, Any]) -> list[Slot]:
+    def slots(self) -> list[Slot]:
         """The adapted leaves, in the order of the parameter tree.
 
         Raises:
@@ -62,7 +70,7 @@ class Selection:
         self._check_counts()
         out = []
         for path, sites in chosen.items():
-            out += self._leaf(self.leaves[path], dtypes[path], sites)
+            out.append(self._leaf(self.leaves[path], sites))
         return out
 
     def _rules(self) -> list[Rule]:
@@ -141,9 +149,13 @@ class Selection:
     def _leaf(
         self,
         leaf: Leaf,
-        dtype: Any,
         sites: Mapping[tuple[int, ...], tuple[Candidate, Rule]],
-    ) -> list[Slot]:
+    ) -> Slot:
+        dtype = self.dtypes[leaf.path]
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise PlanError(
+                not_floating(leaf.path, dtype) + " Leave it out with `exclude`."
+            )
         ties = {rule.tie for _, rule in sites.values()}
         if len(ties) > 1:
             raise PlanError(
@@ -151,17 +163,15 @@ class Selection:
             )
         (tie,) = ties
         role = find_role(leaf, tie)
-        return [
-            Slot(
-                role,
-                leaf.shape,
-                dtype,
-                tuple(
-                    self._site(leaf, role, *sites[index]) if index in sites else None
-                    for index in part_indices(role, leaf.shape)
-                ),
-            )
-        ]
+        return Slot(
+            role,
+            leaf.shape,
+            dtype,
+            tuple(
+                self._site(leaf, role, *sites[index]) if index in sites else None
+                for index in part_indices(role, leaf.shape)
+            ),
+        )
 
     def _site(self, leaf: Leaf, role: Role, candidate: Candidate, rule: Rule) -> Site:
         assert rule.rank is not None and rule.alpha is not None
@@ -284,9 +294,9 @@ def find_role(leaf: Leaf, tie: str | None) -> Role:
 def _role(
     leaf: Leaf, consumer: Consumer, use: Use | None = None, table: bool = False
 ) -> Role:
-    batch = _where(consumer, "batch")
-    stacks = tuple(axis for axis in batch if axis in leaf.stacks)
-    rest = tuple(axis for axis in batch if axis not in leaf.stacks)
+    batch, known = _where(consumer, "batch"), stacks_of(leaf)
+    stacks = tuple(axis for axis in batch if axis in known)
+    rest = tuple(axis for axis in batch if axis not in known)
     return Role(
         path=leaf.path,
         inputs=_where(consumer, "in"),
@@ -295,6 +305,16 @@ def _role(
         stack=len(stacks),
         lookup=table,
         use=use,
+    )
+
+
+def stacks_of(leaf: Leaf) -> list[int]:
+    """The axes that every use of a leaf reads a layer at a time."""
+    uses = [consumer.axes for consumer in leaf.consumers if consumer.axes]
+    return sorted(
+        axis
+        for axis in leaf.stacks
+        if uses and all(axes[axis] == "batch" for axes in uses)
     )
 
 
@@ -324,13 +344,7 @@ def _tied(leaf: Leaf, lookup: Consumer, product: Consumer) -> str:
 
 
 def _candidates(leaf: Leaf) -> Iterable[Candidate]:
-    batch = {
-        axis
-        for consumer in leaf.consumers
-        for axis, role in enumerate(consumer.axes)
-        if role == "batch"
-    }
-    stacks = sorted(axis for axis in leaf.stacks if axis in batch)
+    stacks = stacks_of(leaf)
     role = Role(leaf.path, (), (), tuple(stacks), len(stacks))
     for index in part_indices(role, leaf.shape):
         path = leaf.path

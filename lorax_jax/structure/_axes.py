@@ -118,6 +118,8 @@ def reshape(old: tuple[int, ...], new: tuple[int, ...]) -> Reshape:
     >>> reshape((2, 12), (2, 3, 4)).groups
     (Group(old=(0,), new=(0,), sizes=(2,)), Group(old=(1,), new=(1, 2), sizes=(3, 4)))
     """
+    if math.prod(old) == 0:
+        raise Unstructured("an empty weight is reshaped")
     groups = []
     i = j = 0
     while i < len(old) or j < len(new):
@@ -144,5 +146,4 @@ def reshape(old: tuple[int, ...], new: tuple[int, ...]) -> Reshape:
                     tuple(new[start_j:j]),
                 )
             )
-    assert math.prod(old) == math.prod(new)
     return Reshape(tuple(groups))

@@ -1,8 +1,8 @@
 """`adapt`: runs a function on adapted weights, building none of them."""
 
 import contextvars
-import difflib
 import dataclasses
+import difflib
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -209,10 +209,14 @@ def adapt(
     others run as they stand, through `jit`, `scan` and `remat`, under `grad`, `vmap`,
     `shard_map` and explicit sharding. Called without adapted weights, it calls `fn`.
 
+    As with `jax.jit`, `fn` is traced once for each kind of arguments, so it must not
+    depend on values that change between calls without being arguments.
+
     Args:
         fn: any function of arrays: `model.apply`, a loss, a decoding step. Weights may
             stand anywhere in its arguments. Arrays and PRNG keys are traced; all other
-            arguments (`train=True`, a string, `None`) stay what they are.
+            arguments (`train=True`, a string, a Python number) stay what they are, and
+            each new value of one is traced anew: pass what changes as an array.
         materialize: what happens where an operation has no factored form. `"error"`
             refuses, naming the operation, the weight and the line; a primitive's name
             or several allow the dense weight to be built there; `"allow"` everywhere.
@@ -282,9 +286,14 @@ def _options(materialize: str | Iterable[str], custom: str) -> Options:
     for name in names:
         if difflib.get_close_matches(name, ("error", "allow"), cutoff=0.7):
             raise TransformError(
-                f"`materialize` names a primitive {name!r}. Is 'error' or 'allow' meant?"
+                f"`materialize` names a primitive {name!r}. Is 'error' or 'allow' "
+                "meant?"
             )
     return Options(names, custom)
+
+
+# Kinds of arguments that one adapted function remembers, the oldest forgotten first.
+_MOST_TRACES = 256
 
 
 class _Entry:
@@ -327,6 +336,8 @@ def _lookup(traced: dict[Any, _Entry], key: Any, fn: Callable[..., Any]) -> _Ent
 
     try:
         if key not in traced:
+            if len(traced) >= _MOST_TRACES:
+                del traced[next(iter(traced))]
             traced[key] = _Entry(make)
         return traced[key]
     except TypeError:  # an argument that cannot be hashed: nothing to find it by

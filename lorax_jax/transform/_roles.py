@@ -198,6 +198,8 @@ class _Walk:
         self.read_together: dict[Any, dict[str, int]] = {}
         # The line of the innermost enclosing call: see `_interpreter.source`.
         self.source = ""
+        # How often indexed leaves were read, by size: see `index_group`.
+        self.indexed_reads: dict[Any, list[dict[str, int]]] = {}
         # The calls that enclose the walk: one function called twice reads twice.
         self.calls: tuple[int, ...] = ()
 
@@ -238,6 +240,8 @@ class _Walk:
             return [self.product(eqn, operands)]
         if name == "gather" and _is_weight(operands[0]):
             return [self.gather(eqn, *operands)]
+        if name in ("device_put", "optimization_barrier"):
+            return operands
         if name in ("concatenate", "stop_gradient"):
             weights = [p for v in operands if _is_weight(v) for p in v]
             if name == "stop_gradient":
@@ -302,8 +306,26 @@ class _Walk:
             leaf = self.found[new.leaf]
             for axis in gone:
                 if leaf.shape[axis] > 1:
-                    group = ("index", leaf.shape[axis])
+                    group = self.index_group(leaf, axis)
                     self.read_together.setdefault(group, {})[leaf.path] = axis
+
+    def index_group(self, leaf: Leaf, axis: int) -> tuple[Any, ...]:
+        """Which stack an indexed leaf belongs to.
+
+        A loop over layers reads every leaf of a layer, then those of the next: leaves
+        first read after another stack of the size was read to its end begin a new one.
+        """
+        size = leaf.shape[axis]
+        reads = self.indexed_reads.setdefault((size, self.calls), [{}])
+        for generation, counts in enumerate(reads):
+            if leaf.path in counts:
+                counts[leaf.path] += 1
+                return ("index", size, self.calls, generation)
+        finished = all(count >= size for count in reads[-1].values())
+        if reads[-1] and finished and len(reads[-1]) > 1:
+            reads.append({})
+        reads[-1][leaf.path] = 1
+        return ("index", size, self.calls, len(reads) - 1)
 
     def product(self, eqn: Any, operands: list[Any]) -> Any:
         reached: set[tuple[str, Consumer]] = set()

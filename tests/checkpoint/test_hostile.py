@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import lorax_jax as lj
-from lorax_jax._errors import CheckpointError, LoraxError
+from lorax_jax._errors import CheckpointError, ConfigError, LoraxError
 from lorax_jax.checkpoint._record import FIELD
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -104,7 +104,7 @@ def test_more_than_lora_is_refused_by_name(make, folder, field):
     reconfigure(folder, **{field: REFUSED[field]})
     with pytest.raises(CheckpointError, match=field):
         load(folder, make("llama"))
-    with pytest.raises(CheckpointError, match=field):
+    with pytest.raises(ConfigError, match=field):
         lj.LoraConfig.from_peft(folder, make("llama").names)
 
 

@@ -335,6 +335,17 @@ def test_a_plan_that_says_otherwise(make, tmp_path):
             lj.load_adapter(folder, made.params, plan=other.plan, names=names)
 
 
+def test_a_plan_of_another_model(make, tmp_path):
+    made = make("llama")
+    folder = made.save(tmp_path)
+    for other in (make("gpt2"), make("llama", scan=True)):
+        with pytest.raises(CheckpointError, match="The plan has .* no such leaf. Give"):
+            lj.load_adapter(folder, made.params, plan=other.plan)
+    wider = jax.tree.map(lambda x: jnp.concatenate([x, x], -1), made.params)
+    with pytest.raises(CheckpointError, match=r"shape \(24, 16\), and `params` has"):
+        lj.load_adapter(folder, wider, plan=made.plan)
+
+
 def test_a_plan_with_other_axes(tmp_path):
     params = {"w": jnp.ones((4, 4))}
     axes = {"inputs": (0,), "outputs": (1,)}, {"inputs": (1,), "outputs": (0,)}

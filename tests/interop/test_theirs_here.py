@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 import twins
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import lorax_jax as lj
 from lorax_jax._errors import CheckpointError
@@ -215,16 +215,27 @@ def test_a_configuration_written_here(made, case):
     assert modules_of(theirs) == there
 
 
-def test_without_the_prefix(made, twin):
+def test_without_the_prefix(made, tmp_path):
     """`inject_adapter_in_model` saves keys without PEFT's prefix."""
     import peft
+    import torch
 
     pair, folder, _ = made("suffixes")
     model = pair.fresh()
     config = peft.LoraConfig.from_pretrained(folder)
     peft.inject_adapter_in_model(config, model)
+    with torch.no_grad():
+        for name, leaf in model.named_parameters():
+            if "lora_" in name:
+                leaf.copy_(0.1 * torch.randn_like(leaf))
     state = peft.get_peft_model_state_dict(model)
     assert not any(key.startswith("base_model.") for key in state)
+    save_file({k: v.numpy() for k, v in state.items()}, tmp_path / TENSORS)
+    (tmp_path / CONFIG).write_text((folder / CONFIG).read_text())
+    ours, params = pair.ours(True)
+    adapter, _ = lj.load_adapter(tmp_path, params, names=ours.names)
+    difference = twins.logits(ours, params, adapter) - twins.their_logits(model)
+    assert np.abs(difference).max() <= TOLERANCE
 
 
 # --- What is more than LoRA -----------------------------------------------------------

@@ -155,6 +155,24 @@ def _name(eqn, inner) -> str:
     return getattr(info, "func_name", None) or eqn.params.get("name", "a function")
 
 
+@rule(
+    "device_put",
+    "optimization_barrier",
+    policy="passes",
+    note="the base alone, beside whatever else is handed through",
+)
+def _handed_through(run, eqn, operands):
+    del run
+    bases = [v.base if isinstance(v, Adapted) else v for v in operands]
+    if any(isinstance(v, Adapted) and v.is_packed for v in operands):
+        return list(operands)  # a packed base stays where it is
+    outs = _jaxpr.bind(eqn, bases)
+    return [
+        v.apply(out) if isinstance(v, Adapted) else out
+        for v, out in zip(operands, outs, strict=True)
+    ]
+
+
 @rule("stop_gradient", policy="passes", note="stops the gradients of the factors too")
 def _stop_gradient(run, eqn, operands):
     del run, eqn

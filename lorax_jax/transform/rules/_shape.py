@@ -25,7 +25,6 @@ from .._registry import Site, structural
 @structural(
     "copy",
     "copy_p",
-    "device_put",
     "name",
     "pcast",
     "pvary",
