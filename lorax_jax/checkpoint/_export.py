@@ -105,8 +105,7 @@ def export_merged(
     with open_base(base_dir) as base:
         changes = _Changes(base, table)
         for one, weight in zip(adapters, weights or [1.0] * len(adapters), strict=True):
-            for piece in pieces_of(one, base, table):
-                changes.add(piece, float(weight))
+            changes.pieces += [(p, float(weight)) for p in pieces_of(one, base, table)]
         outputs = changes.outputs(wanted)
         sizes = {output.name: _size(output, base) for output in outputs}
         files = _files(outputs, sizes, base, limit)
@@ -135,10 +134,6 @@ class _Changes:
         self.head = HEAD if names is None else f"{names.head}.weight"
         self.pieces: list[tuple[Piece, float]] = []
 
-    def add(self, piece: Piece, weight: float) -> None:
-        """Adds one change."""
-        self.pieces.append((piece, weight))
-
     @property
     def untied(self) -> bool:
         """Whether a tie must be given up: one use of the table is adapted alone."""
@@ -146,22 +141,24 @@ class _Changes:
 
     def outputs(self, code: str | None) -> list[Output]:
         """Every tensor of the new checkpoint, in the order of the old one."""
-        base, found = self.base, []
+        base, table, found = self.base, self._table(), []
+        on: dict[str, Added] = {}
+        for piece, weight in self.pieces:
+            on[piece.tensor] = (*on.get(piece.tensor, ()), (piece, weight))
         for name in base:
             entry = base.entry(name)
             new = entry.code if code is None or entry.code not in FLOATS else code
-            source, pieces = name, self._on(name)
-            if name == self.head and self._table is not None:
-                source = self._table
-                pieces = self._on_head() if self.untied else self._on(source)
+            source, pieces = name, on.get(name, ())
+            if name == self.head and table is not None:
+                source = table
+                pieces = self._on_head(table) if self.untied else on.get(table, ())
             found.append(Output(name, source, new, entry.shape, pieces))
-            if self.untied and name == self._table and self.head not in base:
+            if name == table and self.untied and self.head not in base:
                 self._check_prefix(name)
-                head = self._on_head()
+                head = self._on_head(name)
                 found.append(Output(self.head, name, new, entry.shape, head))
         return found
 
-    @property
     def _table(self) -> str | None:
         """The table that the head is tied to, as far as any change concerns it."""
         for piece, _ in self.pieces:
@@ -174,16 +171,13 @@ class _Changes:
         names = (p.tensor for p, _ in self.pieces if p.layout == "same")
         return next((n for n in names if n.split(".")[-2] in TOKEN_TABLES), None)
 
-    def _on(self, name: str) -> Added:
-        return tuple((p, weight) for p, weight in self.pieces if p.tensor == name)
-
-    def _on_head(self) -> Added:
+    def _on_head(self, table: str) -> Added:
         """What is added to the head of a tied model that is untied."""
         found = []
         for piece, weight in self.pieces:
             if piece.tensor == self.head:
                 found.append((piece, weight))
-            elif piece.tensor == self._table and piece.use is None:
+            elif piece.tensor == table and piece.use is None:
                 found.append((piece.on_head(self.head), weight))
         return tuple(found)
 

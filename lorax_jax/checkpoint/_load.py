@@ -89,8 +89,17 @@ def load_adapter(
 class Loading:
     """One call of `load_adapter`: the sites, and the problems on the way."""
 
-    def __init__(self, files: AdapterFiles, params: Any, plan: Plan | None, names: Any):
+    def __init__(
+        self,
+        files: AdapterFiles,
+        params: Any,
+        plan: Plan | None,
+        names: Any,
+        *,
+        conv1d: bool = False,
+    ):
         self.files = files
+        self.conv1d = conv1d
         self.entries = files.tensors.entries
         self.tree = Tree(params)
         self.plan = plan
@@ -165,7 +174,9 @@ class Loading:
                 "tensor name, layout); for the models of `lorax_jax.models` it is "
                 "`model.names`."
             )
-        found = peft_sites(self.files, self.names, self.tree, self.plan)
+        found = peft_sites(
+            self.files, self.names, self.tree, self.plan, conv1d=self.conv1d
+        )
         self.prefix = found.prefix
         self.missing += found.missing
         self.promised = len(found.missing) // 2

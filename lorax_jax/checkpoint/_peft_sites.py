@@ -33,7 +33,12 @@ class Found(NamedTuple):
 
 
 def peft_sites(
-    files: AdapterFiles, names: NameMap, tree: Tree, plan: Plan | None
+    files: AdapterFiles,
+    names: NameMap,
+    tree: Tree,
+    plan: Plan | None,
+    *,
+    conv1d: bool = False,
 ) -> Found:
     """Reads the sites off a file's keys; ranks and scales off its configuration.
 
@@ -44,7 +49,12 @@ def peft_sites(
         files: the open folder.
         names: the model's name table.
         tree: the parameters.
-        plan: a plan, which knows whether an embedding is tied.
+        plan: a plan, which knows whether an embedding is tied, and which axes are
+            inputs.
+        conv1d: the table's `"same"` kernels are known to be `(d_in, d_out)`.
+
+    Raises:
+        CheckpointError: if it cannot be told how a kernel lies.
     """
     ranks = _peft.Ranks(files.config, files.what)
     rate = _rate(files)
@@ -56,22 +66,27 @@ def peft_sites(
             modules.setdefault(parsed.module, parsed.table)
     tied = _tied(names, tree, plan)
     table = None if tied is None else names.module(tied)
-    shared = table is not None and _is_shared(files, table, names.head, prefix, plan)
+    shared = table is not None and _is_shared(files, names, table, prefix, plan)
+    turned = False
+    if plan is None and not conv1d:
+        turned = _outputs_first(files, names, tree, modules, prefix)
     sites = []
 
     def add(module: str, path: str, use: Use | None, head: str | None = None) -> None:
         rank, alpha, scale = ranks(module)
+        is_kernel = not modules[module] and use is None
         sites.append(
             FileSite(
                 path=path,
                 use=use,
                 key=module,
                 tied=head,
-                table=modules[module] if module in modules else True,
+                table=modules[module],
                 rank=rank,
                 alpha=alpha,
                 scale=scale,
                 dropout=rate,
+                turned=turned and is_kernel and names.layout(path) == "same",
             )
         )
 
@@ -112,13 +127,16 @@ def _tied(names: NameMap, tree: Tree, plan: Plan | None) -> str | None:
 
 
 def _is_shared(
-    files: AdapterFiles, table: str, head: str, prefix: str, plan: Plan | None
+    files: AdapterFiles, names: NameMap, table: str, prefix: str, plan: Plan | None
 ) -> bool:
     """Whether embedding and head hold one adapter, each the other's transpose."""
+    head = names.head
     one = keys(table, table=True, prefix=prefix)
     other = keys(head, table=False, prefix=prefix)
     ensured = bool(files.config.get("ensure_weight_tying"))
-    if plan is not None and any(is_shared(plan, site) for site in plan):
+    if plan is not None and any(
+        site.path == names.tied and is_shared(plan, site) for site in plan
+    ):
         return True
     if not all(key in files.tensors.entries for key in (*one, *other)):
         return ensured and one[0] in files.tensors.entries
@@ -129,6 +147,48 @@ def _is_shared(
             f"{TENSORS} holds two. Set `ensure_weight_tying` to false to load both."
         )
     return same
+
+
+def _outputs_first(
+    files: AdapterFiles,
+    names: NameMap,
+    tree: Tree,
+    modules: Mapping[str, bool],
+    prefix: str,
+) -> bool:
+    """Whether kernels that the table calls `"same"` are `(d_out, d_in)`.
+
+    GPT-2's `Conv1D` keeps `(d_in, d_out)`; a model here may as well keep what torch's
+    `Linear` has. A kernel that is not square tells, for all of them.
+    """
+    seen: dict[bool, str] = {}
+    square = None
+    for module, table in modules.items():
+        path = names.module_path(module)
+        place = None if path is None or table else tree.find(path)
+        if path is None or place is None or names.layout(path) != "same":
+            continue
+        shape = tree.leaves[place.leaf].shape
+        kept = tuple(n for axis, n in enumerate(shape) if axis not in place.stack)
+        down, up = (
+            files.tensors.entries.get(key)
+            for key in keys(module, table=False, prefix=prefix)
+        )
+        if down is None or up is None or len(down.shape) != 2 or len(up.shape) != 2:
+            continue
+        if kept[0] == kept[1]:
+            square = module
+        elif (up.shape[0], down.shape[1]) in (kept, kept[::-1]):
+            seen[(up.shape[0], down.shape[1]) == kept] = module
+    if len(seen) == 1:
+        return next(iter(seen))
+    if square is None or (not seen and files.config.get("fan_in_fan_out") is True):
+        return False
+    raise CheckpointError(
+        f"{square!r} is square, and `names` calls it 'same': whether its weight is "
+        "(d_in, d_out) or (d_out, d_in) cannot be told. Give the `plan`, e.g. that of "
+        "`LoraConfig.from_peft(folder, names)`."
+    )
 
 
 def mirrored(tensors: Reader, table: tuple[str, str], head: tuple[str, str]) -> bool:

@@ -20,6 +20,7 @@ from ._files import AdapterFiles, open_adapter
 from ._keys import parse, prefix_of
 from ._load import Loading
 from ._record import FileSite, Part
+from ._sites import part_of, tensor_layout
 
 # Architectures whose layers are `Conv1D`, which stores kernels as we do. Only square
 # ones need the name: the shape tells the others.
@@ -129,14 +130,20 @@ def _of_adapter(adapter: Adapter, base: BaseFolder, names: NameMap) -> Iterator[
             path = _virtual(slot, i, names)
             source = _existing(names.tensor(path) or "", base)
             tensor = f"{names.head}{_WEIGHT}" if head else source
-            layout = names.layout(path)
+            layout = tensor_layout(names.layout(path) or "linear", part_of(slot))
+            if layout is None:
+                raise AdapterError(
+                    f"The inputs {slot.role.inputs} and outputs {slot.role.outputs} of "
+                    f"{name!r} alternate, so its change is no matrix of {tensor}. "
+                    "Merge it in memory: `lj.merge(params, adapter)`."
+                )
             yield Piece(
                 tensor=tensor,
                 source=tensor if tensor in base and not base.tied else source,
                 a=a[i, :, : ranks[i]],
                 b=b[i, : ranks[i]],
                 scale=scales[i],
-                layout="same" if layout == "same" and not head else "linear",
+                layout=layout,
                 use=slot.role.use,
             )
 
@@ -191,7 +198,7 @@ def _load(
     files: AdapterFiles, base: BaseFolder, names: NameMap | None
 ) -> tuple[Adapter, NameMap]:
     """Loads a folder onto the checkpoint's own tensors, as if they were parameters."""
-    record = files.record
+    record, own = files.record, names is None
     if names is None:
         if record is not None and record.keys == "paths":
             raise CheckpointError(
@@ -207,7 +214,9 @@ def _load(
         path = names.path(tensor) or _with_prefix(tensor, names)
         if path is not None and base.entry(tensor).dtype is not None:
             _put(params, path, _leaf(base, tensor, path, names, files))
-    return Loading(files, params, None, names).run(strict=True)[0], names
+    # In a table of our own making, "same" means what Conv1D stores.
+    loading = Loading(files, params, None, names, conv1d=own)
+    return loading.run(strict=True)[0], names
 
 
 def _renamed(site: FileSite, names: NameMap) -> list[FileSite]:
@@ -252,9 +261,9 @@ def _leaf(
     shape = next((s.part.shape for s in sites if s.path == path and s.part), leaf.shape)
     if shape == leaf.shape or math.prod(shape) != math.prod(leaf.shape):
         return leaf
-    return (
-        leaf.reshape(shape) if leaf.flags.c_contiguous else _Shaped(shape, leaf.dtype)
-    )
+    if leaf.flags.c_contiguous:
+        return leaf.reshape(shape)
+    return _Shaped(shape, leaf.dtype)
 
 
 @dataclasses.dataclass
@@ -266,9 +275,8 @@ class _Shaped:
 
 
 def _put(params: dict[str, Any], path: str, leaf: Any) -> None:
-    *above, last = (
-        part.replace("~1", "/").replace("~0", "~") for part in path.split("/")
-    )
+    parts = [part.replace("~1", "/").replace("~0", "~") for part in path.split("/")]
+    *above, last = parts
     for key in above:
         params = params.setdefault(key, {})
     params[last] = leaf

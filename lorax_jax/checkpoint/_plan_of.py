@@ -33,14 +33,12 @@ def plan_of(
         A plan whose rules name exactly these sites.
     """
     settings = [_settings(place) for place in placed]
-    usual = collections.Counter(setting[:3] for setting in settings).most_common(1)[0][
-        0
-    ]
+    counted = collections.Counter(setting[:3] for setting in settings)
+    usual = counted.most_common(1)[0][0]
     groups: dict[tuple[Any, ...], list[str]] = {}
     for place, setting in zip(placed, settings, strict=True):
-        groups.setdefault((*setting, _digits(place.site.path)), []).append(
-            place.site.path
-        )
+        path = place.site.path
+        groups.setdefault((*setting, _digits(path)), []).append(path)
     rules, pattern_of = [], {}
     for (rank, alpha, dropout, tie, _), paths in groups.items():
         pattern = _pattern(paths)

@@ -59,7 +59,8 @@ class FileSite:
         scale: the multiplier.
         dropout: probability of dropping an input of A.
         part: roles of the axes; `None` where the file does not say.
-        base: what `fingerprint` gives for the weight that it was trained on.
+        base: what `fingerprints` gives for the weight that it was trained on.
+        turned: where `part` is not said: our array is `(d_out, d_in)`. Not recorded.
     """
 
     path: str
@@ -73,6 +74,7 @@ class FileSite:
     dropout: float
     part: Part | None = None
     base: str | None = None
+    turned: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +95,7 @@ class Record:
         """The header's metadata."""
         whole = {"version": VERSION, **dataclasses.asdict(self)}
         for site in whole["sites"]:  # leave out what says nothing
+            del site["turned"]
             for fields in (site, site["part"] or {}):
                 for name in [n for n, v in fields.items() if v is None]:
                     del fields[name]

@@ -145,7 +145,7 @@ def place_by_path(tree: Tree, sites: Iterable[FileSite]) -> dict[FileSite, Place
     found: dict[FileSite, tuple[Place, Role]] = {}
     for site in sites:
         part = site.part or Part((), (0,), (1,), (), site.table)
-        if site.part is None and site.use == "head":
+        if site.part is None and (site.use == "head" or site.turned):
             part = Part((), (1,), (0,))
         axes = len(part.inputs) + len(part.outputs) + len(part.batch)
         place = tree.find(site.path, axes, part.stack)

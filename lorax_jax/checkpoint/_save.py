@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from .. import _paths, _peft
-from .._errors import AdapterError, CheckpointError
+from .._errors import AdapterError
 from .._names import NameMap
 from ..adapters import Adapter, Fixed, is_weight
 from ..planning import Plan
@@ -24,7 +24,7 @@ from ._keys import PREFIX, keys
 from ._record import FileSite, Record
 from ._resolve import is_index
 from ._safetensors import Writer, code_of
-from ._sites import Placed, placed_sites
+from ._sites import Placed, placed_sites, tensor_layout
 
 
 def save_adapter(
@@ -177,13 +177,7 @@ def _contents(
                 site, base=base, **_numbers(site, fixed, i, plan)
             )
             sites.append(site)
-            found = _tensors(site, matrices, PREFIX if peft else "")
-            for key in set(found) & set(tensors):
-                raise CheckpointError(
-                    f"Two sites of the plan have the key {key}. `names` must take each "
-                    "path to a module of its own."
-                )
-            tensors |= found
+            tensors |= _tensors(site, matrices, PREFIX if peft else "")
     # In the order of paths, so that stacked and unrolled models write the same file.
     return sorted(
         sites, key=lambda site: (_natural(site.path), site.use or "")
@@ -235,11 +229,16 @@ def _config(sites: Sequence[FileSite], names: NameMap, rslora: bool) -> dict[str
         "lora_dropout": rate,
         "target_modules": _peft.exact_targets(list(values), others),
         "ensure_weight_tying": any(site.tied is not None for site in sites),
-        "fan_in_fan_out": any(
-            names.layout(site.path) == "same" and not site.table and site.use is None
-            for site in sites
-        ),
+        "fan_in_fan_out": any(_is_conv1d(site, names) for site in sites),
     }
+
+
+def _is_conv1d(site: FileSite, names: NameMap) -> bool:
+    """Whether PEFT's module keeps its weight as `(d_in, d_out)`."""
+    layout = names.layout(site.path)
+    if site.table or site.use is not None or site.part is None or layout is None:
+        return False
+    return tensor_layout(layout, site.part) == "same"
 
 
 def _most_common(values: Mapping[str, Any]) -> Any:

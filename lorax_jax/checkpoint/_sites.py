@@ -4,7 +4,7 @@ import math
 from typing import NamedTuple
 
 from .._errors import CheckpointError, closest, shorten
-from .._names import NameMap
+from .._names import Layout, NameMap
 from ..planning import Plan, Site, Slot
 from ._record import FileSite, Part
 
@@ -63,8 +63,22 @@ def _file_site(plan: Plan, slot: Slot, site: Site, names: NameMap | None) -> Fil
                 "experts, which PEFT's keys cannot name one by one. Leave `names` out "
                 "for a file with our paths, or merge the adapter for export."
             )
-        shares = site.path == names.tied and names.module_path(names.head) is None
+        headless = names.module_path(names.head) is None
+        shares = headless and site.path == names.tied
+        if headless and names.tied is None and is_shared(plan, site):
+            raise CheckpointError(
+                f"{site.path!r} is adapted for the lookup and the head, and `names` "
+                "does not say that the head shares it. Say so: "
+                f"`NameMap(names, tied={site.path!r})`."
+            )
         if site.use == "head":
+            other = names.module_path(names.head)
+            if other is not None:
+                raise CheckpointError(
+                    f"The adapter acts where {site.path!r} is the head, and `names` "
+                    f"has the head, {names.head!r}, at {other!r}. In a table of a tied "
+                    "model no entry is the head's: leave that one out."
+                )
             key = names.head
         else:
             key = _module(site.path, names)
@@ -81,6 +95,22 @@ def _file_site(plan: Plan, slot: Slot, site: Site, names: NameMap | None) -> Fil
         dropout=site.dropout,
         part=part_of(slot),
     )
+
+
+def tensor_layout(layout: Layout, part: Part) -> Layout | None:
+    """How a checkpoint's tensor lies: `"same"` for `(d_in, d_out)`, else `"linear"`.
+
+    The table's layout relates it to our array, and the roles say how that lies.
+
+    Returns:
+        The layout, or `None` where input and output axes alternate.
+    """
+    axes = tuple(range(len(part.inputs) + len(part.outputs)))
+    if (*part.inputs, *part.outputs) == axes:
+        return layout
+    if (*part.outputs, *part.inputs) == axes:
+        return "linear" if layout == "same" else "same"
+    return None
 
 
 def _module(path: str, names: NameMap) -> str:

@@ -170,6 +170,30 @@ def test_one_use_of_a_tied_table_unties_it(
     np.testing.assert_allclose(model.apply(params, ids), ours, atol=1e-5)
 
 
+def test_a_shared_adapter_beside_one_of_the_head(
+    make, base_folder, table_rule, tmp_path
+):
+    """The table gets the one, the head both."""
+    shared = make("tied", rules=table_rule("tied", tie="shared"))
+    head = make("tied", rules=table_rule("tied", tie="head"))
+    base, out = base_folder(shared), tmp_path / "out"
+    adapters = [shared.adapter, head.adapter]
+    done = lj.export_merged(base, adapters, out, names=shared.names)
+    assert done.untied
+    model, params = models.load(out)
+    ids = np.arange(7, dtype=np.int32)[None]
+    ours = lj.adapt(shared.model.apply)(lj.bind(shared.params, *adapters), ids)
+    np.testing.assert_allclose(model.apply(params, ids), ours, atol=1e-4, rtol=1e-5)
+
+
+def test_some_layers_of_a_stack(make, base_folder, tmp_path):
+    rules = {"layers/1/mlp/up_proj/kernel": {}}
+    made = make("llama", scan=True, rules=rules)
+    base = base_folder(make("llama"))
+    done = lj.export_merged(base, made.adapter, tmp_path / "out", names=made.names)
+    assert done.merged == ("model.layers.1.mlp.up_proj.weight",)
+
+
 def test_a_redundant_copy_of_a_tied_table(make, base_folder, table_rule, tmp_path):
     """Some checkpoints hold the head although it is tied."""
     base = tmp_path / "base"
@@ -271,6 +295,9 @@ def test_several_adapters_and_weights(make, base_folder, tmp_path):
     )
     merged = lj.merge(made.params, made.adapter, other.adapter, weights=weights)
     assert same_bytes(tensors_of(tmp_path / "out"), models.to_hf(made.model, merged))
+    lj.export_merged(base, folder, tmp_path / "half", weights=0.5)
+    half = lj.merge(made.params, other.adapter, weights=[0.5])
+    assert same_bytes(tensors_of(tmp_path / "half"), models.to_hf(made.model, half))
     for wrong in ([0.5], []):
         with pytest.raises(
             CheckpointError, match=f"`weights` has {len(wrong)} entries"

@@ -115,6 +115,15 @@ def test_a_shared_embedding_counts_four_tensors(make, table_rule, tmp_path):
     assert "shared" in str(receipt.plan.config.rules)
 
 
+def test_a_shared_embedding_whose_copies_differ(make, table_rule, tmp_path):
+    made = make("tied", rules=table_rule("tied", tie="shared"))
+    folder = made.save(tmp_path)
+    key = f"{PREFIX}lm_head.lora_A.weight"
+    rewrite(folder, lambda tensors: tensors.update({key: tensors[key] + 1}))
+    with pytest.raises(CheckpointError, match=f"{key} is not the transpose of"):
+        lj.load_adapter(folder, made.params)
+
+
 def test_independent_adapters_of_both_uses(make, table_rule, peft_made, tmp_path):
     """PEFT without `ensure_weight_tying`: each of the two modules has its own."""
     made = make("tied", rules=table_rule("tied", tie="shared"))
@@ -415,6 +424,26 @@ def test_a_stack_that_is_not_in_front(tmp_path, equal):
     loaded, receipt = lj.load_adapter(tmp_path, params)
     assert equal(loaded, adapter)
     assert [site.path for site in receipt.plan] == ["layers/1/w", "layers/2/w"]
+
+
+def test_stacks_within_a_stack(tmp_path, equal):
+    params = {"a": {"b": {"w": jnp.ones((2, 3, 4, 4))}}}
+
+    def fn(p, x):
+        def outer(x, ws):
+            return jax.lax.scan(lambda x, w: (x @ w, None), x, ws)[0], None
+
+        return jax.lax.scan(outer, x, p["a"]["b"]["w"])[0]
+
+    rules = {r"a/b/[01]/[02]/w": {"rank": 2}, r"a/b/1/1/w": {"rank": 1}}
+    plan = lj.plan(lj.LoraConfig(rules, init=False), params, fn, (jnp.ones(4),))
+    adapter = lj.init(plan, params, key=jax.random.key(0))
+    assert plan.slots[0].role.stacked == (0, 1)
+    lj.save_adapter(tmp_path, adapter, plan=plan, params=params)
+    loaded, receipt = lj.load_adapter(tmp_path, params)
+    assert equal(loaded, adapter)
+    assert [s.path for s in receipt.plan] == [s.path for s in plan]
+    assert lj.plan(receipt.plan.config, params, fn, (jnp.ones(4),)).slots[0].sites[0]
 
 
 def test_a_path_that_may_mean_two_leaves(tmp_path):

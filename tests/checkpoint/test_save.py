@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 import lorax_jax as lj
 from lorax_jax._errors import AdapterError, CheckpointError, ConfigError
 from lorax_jax.adapters import Fixed
-from lorax_jax.checkpoint import _save
+from lorax_jax.checkpoint import NameMap, _save
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -365,6 +365,25 @@ def test_names_without_the_module(make, tmp_path):
         made.save(tmp_path, names=names)
     with pytest.raises(ConfigError, match="`names` is a dict"):
         made.save(tmp_path, names={"a": "b"})
+
+
+def test_a_tied_head_in_the_table_of_an_untied_model(make, table_rule, tmp_path):
+    made = make("tied", rules=table_rule("tied", tie="head"))
+    names = make("llama").names
+    with pytest.raises(
+        CheckpointError, match="has the head, 'lm_head', at 'lm_head/ker"
+    ):
+        made.save(tmp_path, names=names)
+
+
+def test_a_shared_table_that_the_names_do_not_know(make, table_rule, tmp_path):
+    made = make("tied", rules=table_rule("tied", tie="shared"))
+    names = NameMap(made.names, tied=None)
+    with pytest.raises(
+        CheckpointError, match=r"Say so: `NameMap\(names, tied='embed_to"
+    ):
+        made.save(tmp_path, names=names)
+    made.save(tmp_path, names=NameMap(made.names, tied="embed_tokens/embedding"))
 
 
 def test_a_dtype_that_files_do_not_have(make, tmp_path):

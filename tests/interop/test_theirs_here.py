@@ -51,6 +51,7 @@ CASES = {
     ),
     "dropout": ("tied", {"target_modules": ["q_proj"], "lora_dropout": 0.25}),
     "embedding": ("llama", {"target_modules": ["embed_tokens", "q_proj", "lm_head"]}),
+    "square": ("gpt2", {"target_modules": ["attn.c_proj"]}),
     "positions": ("gpt2", {"target_modules": ["wpe", "c_fc"]}),
     "lookup": ("tied", {"target_modules": ["embed_tokens", "q_proj"]}),
     "head": ("tied", {"target_modules": ["lm_head", "q_proj"]}),
@@ -236,6 +237,26 @@ def test_without_the_prefix(made, tmp_path):
     adapter, _ = lj.load_adapter(tmp_path, params, names=ours.names)
     difference = twins.logits(ours, params, adapter) - twins.their_logits(model)
     assert np.abs(difference).max() <= TOLERANCE
+
+
+def test_square_kernels_beside_a_head(twin, tmp_path):
+    """PEFT writes the layout of whichever module it saw last: not enough to go by."""
+    pair = twin("gpt2")
+    targets = ["attn.c_proj", "lm_head"]
+    theirs = peft_model(pair, target_modules=targets)
+    theirs.save_pretrained(tmp_path / "a")
+    assert not json.loads((tmp_path / "a" / CONFIG).read_text())["fan_in_fan_out"]
+    model, params = pair.ours()
+    with pytest.raises(CheckpointError, match="is square, .* Give the `plan`"):
+        lj.load_adapter(tmp_path / "a", params, names=model.names)
+    config = lj.LoraConfig.from_peft(tmp_path / "a", model.names)
+    plan = lj.plan(config, params, fn=model.apply, args=(twins.IDS,))
+    adapter, _ = lj.load_adapter(tmp_path / "a", params, names=model.names, plan=plan)
+    wanted = twins.their_logits(theirs)
+    assert np.abs(twins.logits(model, params, adapter) - wanted).max() <= TOLERANCE
+    lj.export_merged(pair.folder, tmp_path / "a", tmp_path / "out")  # GPT-2 is known
+    merged = twins.load_theirs(tmp_path / "out")
+    assert np.abs(twins.their_logits(merged) - wanted).max() <= TOLERANCE
 
 
 # --- What is more than LoRA -----------------------------------------------------------
