@@ -2,8 +2,9 @@
 
 Both sides are the same Llama and the same train step. On one side `adapt` turns the
 plain model into the adapted one; on the other the model's linear layers are written
-with `x @ W + scale * (x @ A) @ B` inside. First that loss and gradients agree, then
-operations as XLA counts them, time to trace and compile, and time of a step.
+with `x @ W + (scale * (x @ A)) @ B` inside, the scale where it is cheapest. First that
+loss and gradients agree, then operations as XLA counts them, time to trace and compile,
+and time of a step.
 
     python benchmarks/handwritten.py [--spec small] [--rounds 30] [--save NAME]
 """
@@ -36,7 +37,7 @@ class HandLinear(_modules.Linear):
     def __call__(self, x):
         a = self.lora_a[...].astype(x.dtype)
         b = self.lora_b[...].astype(x.dtype)
-        return super().__call__(x) + SCALE * ((x @ a) @ b)
+        return super().__call__(x) + (SCALE * (x @ a)) @ b
 
 
 @contextlib.contextmanager

@@ -108,8 +108,8 @@ def _of_adapter(adapter: Adapter, base: BaseFolder, names: NameMap) -> Iterator[
         more = {*train} - {"a", "b"} | {*fixed} - {"scale", "rank", "dropout"}
         if more:
             raise AdapterError(
-                f"The adapter of {name!r} keeps {sorted(more)} beside A and B. Convert "
-                "it to plain LoRA first: `lj.to_lora(adapter)`."
+                f"The adapter of {name!r} keeps {sorted(more)} beside A and B. Merge "
+                "it in memory: `lj.merge(params, adapter)`."
             )
         slot = _slot(train, fixed)
         if slot.experts:

@@ -144,8 +144,7 @@ def _check(adapter: Adapter, plan: Plan) -> None:
         if more:
             raise AdapterError(
                 f"The adapter of {name!r} keeps {sorted(more)} beside A and B, for "
-                "which the file has no place. Convert it to plain LoRA first: "
-                "`lj.to_lora(adapter)`."
+                "which the file has no place. Only plain LoRA can be saved."
             )
         if fixed.role != slots[name].role:
             raise AdapterError(

@@ -14,7 +14,7 @@ from .._errors import TransformError
 from ..adapters import Adapted, is_weight
 from ..structure import Unstructured
 from . import _jaxpr
-from ._registry import RULES, Site
+from ._registry import RULES, Operand
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,8 +159,8 @@ def _structural(run: Run, rule: Any, eqn: Any, values: list[Any]) -> list[Any]:
     if len(at) > 1:
         raise Unstructured("two adapted weights enter one elementwise operation")
     weight: Adapted = values[at[0]]
-    site = Site(eqn, at[0], weight.shape, values, run.producer)
-    described = rule.axes(site)
+    operand = Operand(eqn, at[0], weight.shape, values, run.producer)
+    described = rule.axes(operand)
     if is_weight(weight.base):
         bases = [None] * len(described)
     else:

@@ -13,21 +13,21 @@ Policy = Literal["native", "passes", "enters"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Site:
-    """One equation with an adapted weight among its operands, as a rule sees it.
+class Operand:
+    """A weight as an operand of an equation: what a structural rule sees.
 
     Attributes:
         eqn: the equation.
         at: the position of the weight among the operands.
         shape: the weight's shape.
-        operands: values of all operands, or `None`s where only types are known.
+        values: what all operands are, or `None`s where only types are known.
         producer: finds the equation that made an operand, or `None`.
     """
 
     eqn: Any
     at: int
     shape: tuple[int, ...]
-    operands: Sequence[Any]
+    values: Sequence[Any]
     producer: Callable[[Any], Any]
 
     @property
@@ -49,7 +49,7 @@ class Rule:
         policy: see `Policy`.
         apply: `apply(run, eqn, operands)` gives the results; `None` for a structural
             rule, which `axes` describes completely.
-        axes: `axes(site)` gives what a structure-only operation does to the weight's
+        axes: `axes(operand)` gives what a structure-only operation does to the weight's
             axes, for each result that is a weight.
         note: a few words for the table in the README of this folder.
         module: the rule's file.
@@ -57,7 +57,7 @@ class Rule:
 
     policy: Policy
     apply: Callable[..., list[Any]] | None
-    axes: Callable[[Site], list[tuple[AxisOp, ...]]] | None
+    axes: Callable[[Operand], list[tuple[AxisOp, ...]]] | None
     note: str
     module: str
 
@@ -77,7 +77,7 @@ def rule(*primitives: str, policy: Policy, note: str):
 
 
 def structural(*primitives: str, note: str):
-    """Registers `fn(site) -> [(axis operations), ...]`, a tuple for each result.
+    """Registers `fn(operand) -> [(axis operations), ...]`, a tuple for each result.
 
     The equation itself runs on a dense base; the axis operations are for everything
     else that a weight is made of. Raise `Unstructured` where the operation has no such

@@ -19,7 +19,7 @@ from ...structure import (
     Unstructured,
     reshape,
 )
-from .._registry import Site, structural
+from .._registry import Operand, structural
 
 
 @structural(
@@ -32,13 +32,13 @@ from .._registry import Site, structural
     "sharding_constraint",
     note="the base alone; factors follow the activations",
 )
-def _keep(site: Site):
+def _keep(operand: Operand):
     return [()]
 
 
 @structural("reshard", note="factors move with the axes that they run along")
-def _reshard(site: Site):
-    sharding = site.params["dst_sharding"]
+def _reshard(operand: Operand):
+    sharding = operand.params["dst_sharding"]
 
     def place(array, axes):
         # Past the end of a spec, and along the rank, arrays are replicated.
@@ -50,8 +50,8 @@ def _reshard(site: Site):
 
 
 @structural("convert_element_type", note="between floating dtypes only")
-def _convert(site: Site):
-    dtype = site.params["new_dtype"]
+def _convert(operand: Operand):
+    dtype = operand.params["new_dtype"]
     if not jnp.issubdtype(dtype, jnp.floating):
         raise Unstructured(
             f"a cast to {jnp.dtype(dtype)} is quantization, and the adapter cannot "
@@ -61,38 +61,42 @@ def _convert(site: Site):
 
 
 @structural("transpose", note="relabels axes")
-def _transpose(site: Site):
-    return [(Transpose(tuple(site.params["permutation"])),)]
+def _transpose(operand: Operand):
+    return [(Transpose(tuple(operand.params["permutation"])),)]
 
 
 @structural("reshape", note="within `in`, within `out` or within batch axes")
-def _reshape(site: Site):
-    return [(reshape(site.shape, site.out_shape),)]
+def _reshape(operand: Operand):
+    return [(reshape(operand.shape, operand.out_shape),)]
 
 
 @structural("squeeze", note="drops axes of size 1")
-def _squeeze(site: Site):
-    dropped = {d % len(site.shape) for d in site.params["dimensions"]}
-    kept = [i for i in range(len(site.shape)) if i not in dropped]
-    groups = (Group((old,), (new,), (site.shape[old],)) for new, old in enumerate(kept))
+def _squeeze(operand: Operand):
+    dropped = {d % len(operand.shape) for d in operand.params["dimensions"]}
+    kept = [i for i in range(len(operand.shape)) if i not in dropped]
+    groups = (
+        Group((old,), (new,), (operand.shape[old],)) for new, old in enumerate(kept)
+    )
     return [(Reshape(tuple(groups)),)]
 
 
 @structural("broadcast_in_dim", note="new axes, along which the weight is constant")
-def _broadcast(site: Site):
-    return [(Broadcast(tuple(site.params["broadcast_dimensions"]), site.out_shape),)]
+def _broadcast(operand: Operand):
+    return [
+        (Broadcast(tuple(operand.params["broadcast_dimensions"]), operand.out_shape),)
+    ]
 
 
 @structural("slice", note="axis by axis")
-def _slice(site: Site):
-    start = site.params["start_indices"]
-    stop = site.params["limit_indices"]
-    strides = site.params["strides"] or (1,) * len(start)
+def _slice(operand: Operand):
+    start = operand.params["start_indices"]
+    stop = operand.params["limit_indices"]
+    strides = operand.params["strides"] or (1,) * len(start)
     return [
         tuple(
             Along(axis, functools.partial(_cut, start=i, stop=j, stride=k))
             for axis, (i, j, k) in enumerate(zip(start, stop, strides, strict=True))
-            if (i, j, k) != (0, site.shape[axis], 1)
+            if (i, j, k) != (0, operand.shape[axis], 1)
         )
     ]
 
@@ -102,9 +106,9 @@ def _cut(array, axis, *, start, stop, stride=1):
 
 
 @structural("split", note="one weight for each part")
-def _split(site: Site):
-    axis, start, out = site.params["axis"], 0, []
-    for size in site.params["sizes"]:
+def _split(operand: Operand):
+    axis, start, out = operand.params["axis"], 0, []
+    for size in operand.params["sizes"]:
         cut = functools.partial(_cut, start=start, stop=start + size)
         out.append((Along(axis, cut),))
         start += size
@@ -112,16 +116,16 @@ def _split(site: Site):
 
 
 @structural("dynamic_slice", note="axis by axis, with the same start indices")
-def _dynamic_slice(site: Site):
-    if site.at != 0:
+def _dynamic_slice(operand: Operand):
+    if operand.at != 0:
         raise Unstructured("a weight is used as an index")
-    sizes = site.params["slice_sizes"]
-    starts = site.operands[1:]
+    sizes = operand.params["slice_sizes"]
+    starts = operand.values[1:]
     return [
         tuple(
             Along(axis, functools.partial(_dynamic_cut, start=start, size=size))
             for axis, (start, size) in enumerate(zip(starts, sizes, strict=True))
-            if size != site.shape[axis]
+            if size != operand.shape[axis]
         )
     ]
 
@@ -131,8 +135,8 @@ def _dynamic_cut(array, axis, *, start, size):
 
 
 @structural("rev", note="axis by axis")
-def _rev(site: Site):
-    return [tuple(Along(axis, _flip) for axis in site.params["dimensions"])]
+def _rev(operand: Operand):
+    return [tuple(Along(axis, _flip) for axis in operand.params["dimensions"])]
 
 
 def _flip(array, axis):
@@ -140,13 +144,13 @@ def _flip(array, axis):
 
 
 @structural("pad", note="factors are padded with zeros")
-def _pad(site: Site):
-    if site.at != 0:
+def _pad(operand: Operand):
+    if operand.at != 0:
         raise Unstructured("a weight is used as the padding value")
     return [
         tuple(
             Along(axis, functools.partial(fill, config=config), fills=True)
-            for axis, config in enumerate(site.params["padding_config"])
+            for axis, config in enumerate(operand.params["padding_config"])
             if config != (0, 0, 0)
         )
     ]
@@ -159,22 +163,22 @@ def fill(array, axis, *, config):
 
 
 @structural("neg", note="negates one factor")
-def _neg(site: Site):
+def _neg(operand: Operand):
     return [(Scale(_spread(lax.mul), jnp.float32(-1.0)),)]
 
 
 @structural("mul", "div", note="by a scalar, or by a vector along axes of one factor")
-def _scale(site: Site):
-    other = 1 - site.at
-    name = site.eqn.primitive.name
-    if name == "div" and site.at == 1:
+def _scale(operand: Operand):
+    other = 1 - operand.at
+    name = operand.eqn.primitive.name
+    if name == "div" and operand.at == 1:
         raise Unstructured("something is divided by the weight")
-    if site.out_shape != site.shape:
+    if operand.out_shape != operand.shape:
         raise Unstructured("the weight is stretched over a larger array")
     map = lax.mul if name == "mul" else lax.div
-    atom = site.eqn.invars[other]
-    values = site.operands[other]
-    axes = _varying(site, atom)
+    atom = operand.eqn.invars[other]
+    values = operand.values[other]
+    axes = _varying(operand, atom)
     if values is not None:
         values = jnp.asarray(values)
         index = tuple(slice(None) if i in axes else 0 for i in range(values.ndim))
@@ -186,12 +190,12 @@ def _spread(map):
     return lambda array, values: map(array, jnp.broadcast_to(values, array.shape))
 
 
-def _varying(site: Site, atom) -> tuple[int, ...]:
+def _varying(operand: Operand, atom) -> tuple[int, ...]:
     """The axes along which the other operand of a product is not constant."""
     shape = atom.aval.shape
     if not shape:
         return ()
-    maker = site.producer(atom)
+    maker = operand.producer(atom)
     if maker is not None and maker.primitive.name == "broadcast_in_dim":
         source = maker.invars[0].aval.shape
         dims = maker.params["broadcast_dimensions"]
