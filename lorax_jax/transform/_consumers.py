@@ -60,7 +60,7 @@ class Leaf:
         return size
 
 
-# What a plain array depends on: the consumers behind it with no other weight between, and
+# What a plain array depends on: consumers with no other weight between it and them, and
 # `INPUT` if it depends on the function's inputs at all.
 Flow = frozenset[tuple[str, Consumer]]
 INPUT = ("", Consumer("other"))
