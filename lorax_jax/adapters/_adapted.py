@@ -1,6 +1,8 @@
 """`Adapted`: a weight that is a base and an ordered list of terms."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,15 +11,15 @@ from .._errors import TransformError
 from ..quant import Base
 from ..structure import (
     AxisOp,
+    Bilinear,
     Cast,
-    Dot,
     Factor,
-    Take,
     Unstructured,
+    Use,
     is_factor,
     wide,
 )
-from ._base import Term, Use
+from ._base import Term
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,20 +127,22 @@ class Adapted:
             terms = tuple(term.apply(op) for term in terms)
         return Adapted(base, terms, self.origin)
 
-    def dot(self, y: Any, x: jax.Array, dims: Dot) -> jax.Array:
-        """`x . W` for the adapted weight; `y` is a dense base's product."""
-        if isinstance(self.base, Base):
-            y = self.base.dot(x, dims)
-        for term in self.acting("head"):
-            y = term.dot(y, x, dims)
-        return y
+    def consume(
+        self, x: jax.Array, op: Bilinear, product: Callable[[jax.Array], jax.Array]
+    ) -> jax.Array:
+        """`op(x, W)` for the adapted weight.
 
-    def take(self, y: Any, rows: Take) -> jax.Array:
-        """Rows of the adapted weight; `y` holds a dense base's rows."""
+        Args:
+            x: the other operand.
+            op: the operation.
+            product: what the model does with a dense base: `x -> op(x, W)`. A `Base`
+                answers for itself.
+        """
         if isinstance(self.base, Base):
-            y = self.base.take(rows)
-        for term in self.acting("lookup"):
-            y = term.take(y, rows)
+            product = functools.partial(self.base.consume, op=op)
+        y = product(x)
+        for term in self.acting(op.use):
+            y = term.act(y, x, op, product)
         return y
 
     def dense(self) -> jax.Array:

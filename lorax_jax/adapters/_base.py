@@ -1,13 +1,20 @@
 """`Term`: what every kind of adapter answers when a rule asks for its contribution."""
 
 import abc
-from typing import Literal
+from collections.abc import Callable
 
 import jax
 
-from ..structure import Along, AxisOp, Dot, Factor, Scale, Take, Unstructured, is_factor
-
-Use = Literal["lookup", "head"]
+from ..structure import (
+    Along,
+    AxisOp,
+    Bilinear,
+    Factor,
+    Scale,
+    Unstructured,
+    Use,
+    is_factor,
+)
 
 
 class Term(abc.ABC):
@@ -20,7 +27,7 @@ class Term(abc.ABC):
 
     1. Subclass `Term` as a frozen dataclass registered as a pytree, its arrays
        `Factor`s (so that transposing, slicing or scanning the weight reaches them).
-    2. Implement `dot`, `take` and `dense`; override `rescale` if the kind commutes with
+    2. Implement `act` and `dense`; override `rescale` if the kind commutes with
        multiplying the weight by a vector; override `apply` for whatever else the
        default would get wrong.
     3. List it in `tests/exam/kinds.py`: the exam does the rest.
@@ -29,21 +36,24 @@ class Term(abc.ABC):
     use: Use | None = None
 
     @abc.abstractmethod
-    def dot(self, y: jax.Array, x: jax.Array, dims: Dot) -> jax.Array:
-        """`y`, the product so far, with this term's part of `x . t(W)`.
+    def act(
+        self,
+        y: jax.Array,
+        x: jax.Array,
+        op: Bilinear,
+        base: Callable[[jax.Array], jax.Array],
+    ) -> jax.Array:
+        """`y`, the result so far, with this term's part of `op(x, t(W))`.
 
         Args:
-            y: `x . W` plus the terms before this one, axes `dims.out_labels`.
-            x: the other operand, axes `dims.x_labels`.
-            dims: which axes are contracted and which run in parallel.
+            y: `op(x, W)` with the terms before this one, axes `op.out_labels`.
+            x: the other operand.
+            op: the operation that consumes the weight.
+            base: gives `op(x', W)` of the base for another operand.
 
         Returns:
             An array of `y`'s shape and dtype.
         """
-
-    @abc.abstractmethod
-    def take(self, y: jax.Array, rows: Take) -> jax.Array:
-        """`y`, the looked-up rows so far, with this term's part of the lookup."""
 
     @abc.abstractmethod
     def dense(self, weight: jax.Array) -> jax.Array:

@@ -1,29 +1,26 @@
 """LoRA: the low-rank term `W + s A B`."""
 
 import dataclasses
-from typing import Any, cast
+from collections.abc import Callable
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
 
 from ..structure import (
-    RANK,
     Along,
     AxisOp,
-    Dot,
+    Bilinear,
     Factor,
-    OperandLabel,
     Scale,
-    Take,
     Unstructured,
+    Use,
     arrange,
-    cost,
     product,
     wide,
 )
-from ._base import Term, Use
+from ._base import Term
 
 
 @jax.tree_util.register_dataclass
@@ -58,64 +55,30 @@ class LowRank(Term):
     lookup: bool = dataclasses.field(default=False, metadata={"static": True})
     use: Use | None = dataclasses.field(default=None, metadata={"static": True})
 
-    def dot(self, y: jax.Array, x: jax.Array, dims: Dot) -> jax.Array:
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            x = x.astype(y.dtype)  # integers times a floating weight
-        x = self._dropped(x)
-        labels, out = dims.x_labels, dims.out_labels
-        a = self.a.array.astype(x.dtype), self.a.axes
-        b = self._scaled_b(x.dtype), self.b.axes
-        sizes = dict(zip(labels, x.shape, strict=True))
-        sizes |= dict(zip(a[1], a[0].shape, strict=True))
-        sizes |= dict(zip(b[1], b[0].shape, strict=True))
-        first, second = a, b
-        if cost(sizes, labels, b[1], a[1], out) < cost(sizes, labels, a[1], b[1], out):
-            first, second = b, a
-        shards = _shards(x, labels, dims) if dims.out_sharding is not None else None
-        side = {"factor_first": dims.weight_first, "precision": dims.precision}
-        with jax.named_scope("lora_down"):
-            t, t_labels = product(
-                x,
-                labels,
-                *first,
-                keep={*second[1], *out},
-                out_sharding=shards and shards(first[1], {*second[1], *out}),
-                **side,
-            )
-        with jax.named_scope("lora_up"):
-            t, t_labels = product(
-                t,
-                t_labels,
-                *second,
-                keep=set(out),
-                output_dtype=dims.output_dtype,
-                out_sharding=shards and shards(second[1], set(out), t_labels),
-                **side,
-            )
-            return y + arrange(t, t_labels, out, y.shape).astype(y.dtype)
+    def act(
+        self,
+        y: jax.Array,
+        x: jax.Array,
+        op: Bilinear,
+        base: Callable[[jax.Array], jax.Array],
+    ) -> jax.Array:
+        del base
+        return y + self.delta(self.dropped(x, op), op, y)
 
-    def take(self, y: jax.Array, rows: Take) -> jax.Array:
-        # PEFT's embeddings ignore dropout, and so do these.
-        with jax.named_scope("lora_down"):
-            t = rows.rows(self.a.array, self.a.axes.index(rows.axis)).astype(y.dtype)
-            t_labels = rows.row_labels(self.a.axes)
-        with jax.named_scope("lora_up"):
-            b = self._scaled_b(y.dtype)
-            t, t_labels = product(
-                t, t_labels, b, self.b.axes, keep=set(rows.out_labels)
-            )
-            return y + arrange(t, t_labels, rows.out_labels, y.shape).astype(y.dtype)
+    def delta(self, x: jax.Array, op: Bilinear, like: jax.Array) -> jax.Array:
+        """`op(x, s A B)`, in the shape and dtype of `like`."""
+        return op.low_rank(x, self.a, self._scaled_b(), like)
 
     def dense(self, weight: jax.Array) -> jax.Array:
         # HIGHEST: the default float32 product is TF32 or bfloat16 on accelerators.
         axes = tuple(range(weight.ndim))
         work = wide(weight.dtype)
-        b = self.b.array.astype(work) * self.scale.aligned(self.b.axes).astype(work)
+        b = self._scaled_b().astype(work)
         delta, labels = product(
             self.a.array.astype(work),
             self.a.axes,
-            b,
-            self.b.axes,
+            b.array,
+            b.axes,
             keep=set(axes),
             precision=lax.Precision.HIGHEST,
         )
@@ -145,14 +108,13 @@ class LowRank(Term):
             f"the multiplier runs along axes {op.axes}, which no single factor holds"
         )
 
-    def _scaled_b(self, dtype) -> jax.Array:
-        b, scale = self.b.array, self.scale.aligned(self.b.axes)
-        work = wide(b.dtype)
-        return (b.astype(work) * scale.astype(work)).astype(dtype)
-
-    def _dropped(self, x: jax.Array) -> jax.Array:
-        if self.key is None or self.dropout is None:
+    def dropped(self, x: jax.Array, op: Bilinear) -> jax.Array:
+        """`x` with entries dropped, where dropout is on."""
+        # PEFT's embeddings ignore dropout, and so do these.
+        if self.key is None or self.dropout is None or op.selects:
             return x
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            x = x.astype(wide(x.dtype))
         # A key for every layer of a stack; where a model reads a whole stack at once,
         # one mask serves all.
         key = self.key.array.reshape(-1)[0] if self.key.axes else self.key.array
@@ -160,30 +122,7 @@ class LowRank(Term):
         mask = jax.random.bernoulli(key, keep, x.shape)
         return jnp.where(mask, x / keep.astype(x.dtype), jnp.zeros((), x.dtype))
 
-
-def _shards(x: jax.Array, x_labels: tuple[OperandLabel, ...], dims: Dot):
-    """How the products are laid out over an explicit mesh.
-
-    A model that declares `out_sharding` does so because a contracted axis is sharded,
-    and then both thin products need one too: each kept axis stays where `x` or the
-    dense product has it, and the rank axis is replicated.
-    """
-    declared: Any = dims.out_sharding
-    mesh, spec = None, declared
-    if isinstance(declared, NamedSharding):
-        mesh, spec = declared.mesh, declared.spec
-    where = dict(zip(x_labels, jax.typeof(x).sharding.spec, strict=True))
-    where |= dict(zip(dims.out_labels, spec, strict=False))
-    where[RANK] = None
-
-    def place(factor_labels, keep, t_labels=x_labels):
-        shared = [label for label in t_labels if label in factor_labels]
-        batch = [label for label in shared if label in keep]
-        left, right = t_labels, factor_labels
-        if dims.weight_first:
-            left, right = right, left
-        free = [label for label in (*left, *right) if label not in shared]
-        out = PartitionSpec(*(where.get(label) for label in (*batch, *free)))
-        return out if mesh is None else NamedSharding(mesh, out)
-
-    return place
+    def _scaled_b(self) -> Factor:
+        b, scale = self.b.array, self.scale.aligned(self.b.axes)
+        work = wide(b.dtype)
+        return Factor(b.astype(work) * scale.astype(work), self.b.axes)

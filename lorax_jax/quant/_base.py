@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from ..structure import AxisOp, Dot, Scale, Take, Unstructured, is_factor
+from ..structure import AxisOp, Bilinear, Scale, Unstructured, is_factor
 
 
 class Base(abc.ABC):
@@ -17,8 +17,9 @@ class Base(abc.ABC):
     Nothing about shape is stored beside the arrays, for a scan takes an axis away.
 
     To add a form of base: subclass `Base` as a frozen dataclass registered as a
-    pytree; implement `shape`, `dtype`, `dot`, `take` and `dense`; override `rescale` if
-    it commutes with a product; list it in `tests/exam/bases.py`.
+    pytree; implement `shape`, `dtype` and `dense`; override `consume` where the packed
+    form has a product of its own, and `rescale` if it commutes with a product; list it
+    in `tests/exam/bases.py`.
     """
 
     @property
@@ -32,16 +33,16 @@ class Base(abc.ABC):
         """Floating dtype of the dense weight, as the model sees it."""
 
     @abc.abstractmethod
-    def dot(self, x: jax.Array, dims: Dot) -> jax.Array:
-        """`x . W` with axes `dims.out_labels` and the dense product's dtype."""
-
-    @abc.abstractmethod
-    def take(self, rows: Take) -> jax.Array:
-        """The looked-up rows of W with axes `rows.out_labels`."""
-
-    @abc.abstractmethod
     def dense(self) -> jax.Array:
         """W as a dense array: for merging, and on request."""
+
+    def consume(self, x: jax.Array, op: Bilinear) -> jax.Array:
+        """`op(x, W)`, with the dense operation's dtype.
+
+        Unpacks the weight where it is used, which XLA fuses into the operation where
+        it can. Override it where the packed form can do better.
+        """
+        return op.dense(x, self.dense())
 
     def rescale(self, op: Scale) -> "Base":
         """The base multiplied by a scalar or vector."""

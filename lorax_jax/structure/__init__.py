@@ -13,12 +13,15 @@ from ._axes import Scale as Scale
 from ._axes import Transpose as Transpose
 from ._axes import Unstructured as Unstructured
 from ._axes import reshape as reshape
+from ._bilinear import AxisRole as AxisRole
+from ._bilinear import Bilinear as Bilinear
+from ._bilinear import Use as Use
+from ._dot import Dot as Dot
 from ._factor import Factor as Factor
 from ._factor import is_factor as is_factor
-from ._products import Dot as Dot
 from ._products import OperandLabel as OperandLabel
-from ._products import Take as Take
 from ._products import arrange as arrange
 from ._products import cost as cost
 from ._products import product as product
 from ._products import wide as wide
+from ._take import Take as Take

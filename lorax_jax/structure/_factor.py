@@ -64,6 +64,10 @@ class Factor:
         """Whether the factor varies along the weight's `axis`."""
         return axis in self.axes
 
+    def astype(self, dtype: Any) -> "Factor":
+        """The factor with its values in another dtype."""
+        return Factor(self.array.astype(dtype), self.axes)
+
     def apply(self, op: AxisOp) -> "Factor":
         """The factor of the weight that `op` makes of this factor's weight."""
         match op:

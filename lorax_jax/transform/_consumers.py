@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-AxisRole = Literal["in", "out", "batch"]
+from ..structure import AxisRole
 
 
 @dataclasses.dataclass(frozen=True)

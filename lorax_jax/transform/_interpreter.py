@@ -145,6 +145,8 @@ def _by_rule(run: Run, eqn: Any, values: list[Any]) -> list[Any]:
     try:
         if rule is not None and rule.apply is not None:
             return rule.apply(run, eqn, values)
+        if rule is not None and rule.read is not None:
+            return _consumed(run, rule, eqn, values)
         if rule is not None:
             return _structural(run, rule, eqn, values)
     except Unstructured as error:
@@ -152,6 +154,21 @@ def _by_rule(run: Run, eqn: Any, values: list[Any]) -> list[Any]:
     if run.options.may_materialize(name):
         return _jaxpr.bind(eqn, [dense(value) for value in values])
     raise TransformError(_refusal(eqn, values, reason))
+
+
+def _consumed(run: Run, rule: Any, eqn: Any, values: list[Any]) -> list[Any]:
+    at = [i for i, value in enumerate(values) if isinstance(value, Adapted)]
+    if len(at) > 1:
+        raise Unstructured("several of its operands are adapted weights")
+    weight: Adapted = values[at[0]]
+    op, other = rule.read(Operand(eqn, at[0], weight.shape, values, run.producer))
+
+    def product(x):
+        operands = [weight.base if v is weight else v for v in values]
+        operands[other] = x
+        return _jaxpr.bind(eqn, operands)[0]
+
+    return [weight.consume(values[other], op, product)]
 
 
 def _structural(run: Run, rule: Any, eqn: Any, values: list[Any]) -> list[Any]:

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from ..structure import AxisOp
+from ..structure import AxisOp, Bilinear
 
 # "native": consumes an adapted weight in factored form.
 # "passes": leaves the weight symbolic.
@@ -47,10 +47,12 @@ class Rule:
 
     Attributes:
         policy: see `Policy`.
-        apply: `apply(run, eqn, operands)` gives the results; `None` for a structural
-            rule, which `axes` describes completely.
+        apply: `apply(run, eqn, operands)` gives the results; `None` where one of the
+            following describes the rule completely.
         axes: `axes(operand)` gives what a structure-only operation does to the weight's
             axes, for each result that is a weight.
+        read: `read(operand)` gives the operation that consumes the weight, and the
+            position of its other operand.
         note: a few words for the table in the README of this folder.
         module: the rule's file.
     """
@@ -58,6 +60,7 @@ class Rule:
     policy: Policy
     apply: Callable[..., list[Any]] | None
     axes: Callable[[Operand], list[tuple[AxisOp, ...]]] | None
+    read: Callable[[Operand], tuple[Bilinear, int]] | None
     note: str
     module: str
 
@@ -70,7 +73,7 @@ def rule(*primitives: str, policy: Policy, note: str):
 
     def register(fn):
         for name in primitives:
-            RULES[name] = Rule(policy, fn, None, note, fn.__module__)
+            RULES[name] = Rule(policy, fn, None, None, note, fn.__module__)
         return fn
 
     return register
@@ -86,7 +89,22 @@ def structural(*primitives: str, note: str):
 
     def register(fn):
         for name in primitives:
-            RULES[name] = Rule("passes", None, fn, note, fn.__module__)
+            RULES[name] = Rule("passes", None, fn, None, note, fn.__module__)
+        return fn
+
+    return register
+
+
+def consumer(*primitives: str, note: str):
+    """Registers `fn(operand) -> (Bilinear, position of x)` for consuming operations.
+
+    The equation itself runs on a dense base; everything else that a weight is made of
+    acts through the `Bilinear`. Raise `Unstructured` where there is none.
+    """
+
+    def register(fn):
+        for name in primitives:
+            RULES[name] = Rule("native", None, None, fn, note, fn.__module__)
         return fn
 
     return register

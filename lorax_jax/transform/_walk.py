@@ -9,11 +9,19 @@ from collections.abc import Sequence
 from typing import Any
 
 from .. import _paths
-from ..structure import AxisOp, Broadcast, Reshape, Scale, Transpose, Unstructured
+from ..structure import (
+    AxisOp,
+    AxisRole,
+    Broadcast,
+    Reshape,
+    Scale,
+    Transpose,
+    Unstructured,
+)
 from . import _jaxpr
-from ._consumers import INPUT, AxisRole, Consumer, Flow, Leaf
+from ._consumers import INPUT, Consumer, Flow, Leaf
 from ._registry import RULES, Operand
-from .rules import _dot_general, _gather
+from .rules import _gather
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,8 +124,9 @@ class Walk:
 
     def _equation(self, eqn: Any, operands: list[Any], producer: Any) -> list[Any]:
         name = eqn.primitive.name
-        if name == "dot_general":
-            return [self.product(eqn, operands)]
+        rule = RULES.get(name)
+        if rule is not None and rule.read is not None:
+            return [self.product(eqn, rule, operands, producer)]
         if name == "gather" and _is_weight(operands[0]):
             return [self.gather(eqn, *operands)]
         if name in ("device_put", "optimization_barrier"):
@@ -130,7 +139,6 @@ class Walk:
             return [tuple(weights)]
         if name in _INNER:
             return getattr(self, _INNER[name])(eqn, operands)
-        rule = RULES.get(name)
         at = [i for i, value in enumerate(operands) if _is_weight(value)]
         if len(at) == 2 and name in ("mul", "div"):
             at = self.rescaled(eqn, operands)
@@ -207,22 +215,25 @@ class Walk:
         reads[-1][leaf.path] = 1
         return ("index", size, self.calls, len(reads) - 1)
 
-    def product(self, eqn: Any, operands: list[Any]) -> Any:
+    def product(self, eqn: Any, rule: Any, operands: list[Any], producer: Any) -> Any:
+        name, unknown = eqn.primitive.name, [None] * len(operands)
         reached: set[tuple[str, Consumer]] = set()
         for at, value in enumerate(operands):
             if not _is_weight(value):
                 continue
-            dims = _dot_general.read(eqn, at)
-            roles: dict[int, AxisRole] = {w: "in" for _, w in dims.contract}
-            roles |= {w: "batch" for _, w in dims.batch}
+            shape = eqn.invars[at].aval.shape
+            try:
+                op, _ = rule.read(Operand(eqn, at, shape, unknown, producer))
+            except Unstructured:
+                return self.other(eqn, operands)[0]
             for probe in value:
-                reached.add(self.consume(probe, "dot_general", "product", roles))
+                reached.add(self.consume(probe, name, "product", op.roles))
         return frozenset(reached | {INPUT})
 
     def gather(self, eqn: Any, probes: Probes, indices: Any) -> Any:
         shape = eqn.invars[0].aval.shape
         try:
-            rows = _gather.read(eqn, shape, None)
+            rows = _gather.read(eqn, shape)
         except Unstructured:
             return self.other(eqn, [probes])[0]
         many = len(eqn.invars[1].aval.shape) > 1
@@ -236,7 +247,7 @@ class Walk:
                 p.leaf,
                 tuple(
                     p.axes[x] if isinstance(x, int) else p.axes[rows.axis]
-                    for x in rows.out_labels
+                    for x in rows.labels
                 ),
                 p.chosen | (p.axes[rows.axis] if many else frozenset()),
             )

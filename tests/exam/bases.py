@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from lorax_jax.quant import Base
 from lorax_jax.structure import Broadcast, Factor, Scale, Unstructured
@@ -40,28 +39,6 @@ class ToyInt8(Base):
         axes = tuple(range(len(self.codes.axes)))
         codes = self.codes.aligned(axes).astype(jnp.float32)
         return (codes * self.scale.array).astype(self.dtype)
-
-    def dot(self, x, dims):
-        w = self.dense()
-        contract = tuple(zip(*dims.contract, strict=True)) or ((), ())
-        batch = tuple(zip(*dims.batch, strict=True)) or ((), ())
-        left, right, sides = x, w, (contract, batch)
-        if dims.weight_first:
-            left, right = w, x
-            sides = tuple(pair[::-1] for pair in sides)
-        return lax.dot_general(
-            left,
-            right,
-            sides,
-            precision=dims.precision,
-            preferred_element_type=dims.output_dtype,
-        )
-
-    def take(self, rows):
-        w = self.dense()
-        found = rows.rows(w, rows.axis)
-        labels = rows.row_labels(tuple(range(w.ndim)))
-        return jnp.transpose(found, [labels.index(x) for x in rows.out_labels])
 
     def cast(self, dtype):
         return dataclasses.replace(self, as_dtype=jnp.dtype(dtype).name)

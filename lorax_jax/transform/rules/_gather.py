@@ -10,7 +10,7 @@ from .. import _jaxpr
 from .._registry import rule
 
 
-def read(eqn, shape: tuple[int, ...], indices) -> Take:
+def read(eqn, shape: tuple[int, ...]) -> Take:
     """A gather along one axis of a weight.
 
     Raises:
@@ -33,8 +33,7 @@ def read(eqn, shape: tuple[int, ...], indices) -> Take:
     )
     return Take(
         axis=axis,
-        indices=indices,
-        out_labels=labels,
+        labels=labels,
         mode=eqn.params["mode"],
         sorted=eqn.params["indices_are_sorted"],
         unique=eqn.params["unique_indices"],
@@ -46,13 +45,15 @@ def _gather(run, eqn, values):
     weight, indices = values
     if isinstance(indices, Adapted):
         raise Unstructured("a weight is used as an index")
-    rows = read(eqn, weight.shape, indices)
-    base = None
-    if not weight.is_packed:
-        base = _jaxpr.bind(eqn, [weight.base, indices])[0]
+    rows = read(eqn, weight.shape)
+
+    def lookup(ids):
+        return _jaxpr.bind(eqn, [weight.base, ids])[0]
+
     if weight.looks_up(rows.axis):
-        return [weight.take(base, rows)]
-    choose = Along(rows.axis, functools.partial(_rows, rows=rows))
+        return [weight.consume(indices, rows, lookup)]
+    base = None if weight.is_packed else lookup(indices)
+    choose = Along(rows.axis, functools.partial(_rows, rows=rows, indices=indices))
     ids = jnp.ndim(indices) - 1
     if ids == 0:  # one index, and the axis is gone
         kept = [i for i in range(weight.ndim) if i != rows.axis]
@@ -65,7 +66,7 @@ def _gather(run, eqn, values):
     return [weight.apply(base, choose)]
 
 
-def _rows(array, axis, *, rows: Take):
-    if rows.indices.ndim == 1:
-        return jnp.expand_dims(rows.rows(array, axis), axis)
-    return jnp.moveaxis(rows.rows(array, axis), 0, axis)
+def _rows(array, axis, *, rows: Take, indices):
+    if indices.ndim == 1:
+        return jnp.expand_dims(rows.rows(indices, array, axis), axis)
+    return jnp.moveaxis(rows.rows(indices, array, axis), 0, axis)
