@@ -17,6 +17,7 @@ from ._json import read_json
 from ._names import NameMap
 
 Tie = Literal["shared", "lookup", "head"]
+Bias = Literal["none", "all", "lora_only"]
 
 ALL_LINEAR = "all-linear"
 
@@ -33,6 +34,7 @@ class Rule:
         init: initializer; `None` takes the configuration's.
         dropout: probability of dropping an input of A; `None` as above.
         tie: for a weight that is looked up and multiplied: which use is adapted.
+        dora: whether outputs get magnitudes; `None` takes the configuration's.
         expect: how many sites the pattern must match; `None` accepts any number.
     """
 
@@ -42,6 +44,7 @@ class Rule:
     init: str | bool | None = None
     dropout: float | None = None
     tie: Tie | None = None
+    dora: bool | None = None
     expect: int | None = None
 
     def __post_init__(self):
@@ -89,7 +92,15 @@ class LoraConfig:
         layers: indices of the layers to adapt; `None` adapts all.
         tie: for a tied embedding: `"shared"` adapts the table, seen by the lookup and
             the head, `"lookup"` and `"head"` adapt one of its uses.
-        dtype: storage dtype of A and B.
+        dora: give every output a trained magnitude: DoRA. A rule may say otherwise.
+        lora_bias: give B a bias: the product gains `s` times it.
+        bias: which biases of the model are trained beside the adapter: `"none"`,
+            `"all"` leaves called `bias`, or `"lora_only"`, those beside an adapted
+            weight.
+        whole: regexes of leaves that are trained whole, such as a new head.
+        token_rows: rows of an embedding that are trained: their numbers, or a dict from
+            a regex of tables to the numbers.
+        dtype: storage dtype of everything that is trained.
 
     Raises:
         ConfigError: on a bad regex, rank, dropout or override.
@@ -119,12 +130,21 @@ class LoraConfig:
     init: str | bool = True
     layers: Any = None
     tie: Tie | None = None
+    dora: bool = False
+    lora_bias: bool = False
+    bias: Bias = "none"
+    whole: Any = ()
+    token_rows: Any = ()
     dtype: Any = jnp.float32
 
     def __post_init__(self):
         _check_rank(self.rank, "rank")
         _check_dropout(self.dropout, "dropout")
         _check_tie(self.tie, "tie")
+        if self.bias not in ("none", "all", "lora_only"):
+            raise ConfigError(
+                f"`bias` = {self.bias!r}; one of 'none', 'all', 'lora_only' is meant."
+            )
         if self.alpha is not None:
             _check_alpha(self.alpha, "alpha")
         dtype = jnp.dtype(self.dtype)
@@ -137,7 +157,9 @@ class LoraConfig:
         # sets its own fields.
         object.__setattr__(self, "dtype", dtype)
         object.__setattr__(self, "targets", _rules(self.targets))
-        object.__setattr__(self, "exclude", _patterns(self.exclude))
+        object.__setattr__(self, "exclude", _patterns("exclude", self.exclude))
+        object.__setattr__(self, "whole", _patterns("whole", self.whole))
+        object.__setattr__(self, "token_rows", _token_rows(self.token_rows))
         object.__setattr__(self, "layers", _indices(self.layers))
 
     @classmethod
@@ -217,6 +239,7 @@ class LoraConfig:
             init=self.init if rule.init is None else rule.init,
             dropout=self.dropout if rule.dropout is None else rule.dropout,
             tie=self.tie if rule.tie is None else rule.tie,
+            dora=self.dora if rule.dora is None else rule.dora,
         )
 
 
@@ -266,13 +289,41 @@ def _rule(pattern: Any, overrides: Any) -> Rule:
     return Rule(pattern, **overrides)
 
 
-def _patterns(patterns: Any) -> tuple[str, ...]:
+def _patterns(name: str, patterns: Any) -> tuple[str, ...]:
     if patterns is None:
         return ()
     patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
     for pattern in patterns:
-        _check_regex("exclude", pattern)
+        _check_regex(name, pattern)
     return patterns
+
+
+def _token_rows(rows: Any) -> tuple[tuple[str | None, tuple[int, ...]], ...]:
+    """Pairs (pattern of a table, its rows); `None` for the only table."""
+    if rows is None:
+        return ()
+    tables = rows.items() if isinstance(rows, Mapping) else [(None, rows)]
+    if isinstance(rows, tuple) and rows and isinstance(rows[0], tuple):
+        tables = rows  # normalized before, as by `dataclasses.replace`
+    out = []
+    for pattern, ids in tables:
+        if pattern is not None:
+            _check_regex("token_rows", pattern)
+        if isinstance(ids, str) or not isinstance(ids, Iterable):
+            ids = [ids]
+        ids = tuple(ids)
+        for row in ids:
+            integer = hasattr(row, "__index__") and not isinstance(row, bool)
+            if not integer or int(row) < 0:
+                raise ConfigError(
+                    f"`token_rows` holds {row!r}; numbers of rows are integers from 0 "
+                    "up."
+                )
+        if len(set(ids)) < len(ids):
+            raise ConfigError(f"`token_rows` names a row twice: {list(ids)!r:.60}.")
+        if ids:
+            out.append((pattern, tuple(sorted(map(int, ids)))))
+    return tuple(out)
 
 
 def _indices(layers: Any) -> tuple[int, ...] | None:

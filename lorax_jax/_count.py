@@ -59,10 +59,16 @@ def count(params: Any, adapter: Adapter) -> Count:
 
 
 def _values(train: dict[str, Any], fixed: Fixed) -> int:
+    beside = sum(math.prod(x.shape) for n, x in train.items() if n not in ("a", "b"))
+    if "a" not in train:
+        return beside
     padded = train["a"].shape[-1]
     per_rank = sum(math.prod(train[name].shape) for name in ("a", "b")) // padded
     rank = fixed["rank"]
     if isinstance(rank, jax.ShapeDtypeStruct | Tracer):
-        return per_rank * padded
+        return per_rank * padded + beside
     layers = max(1, math.prod(rank.shape))
-    return per_rank // layers * int(np.asarray(rank).sum())
+    ranks = np.asarray(rank)
+    # A layer of a stack that is not adapted has vectors of its own, which never move.
+    beside = beside // layers * int((ranks > 0).sum())
+    return per_rank // layers * int(ranks.sum()) + beside

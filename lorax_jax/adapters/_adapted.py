@@ -140,10 +140,9 @@ class Adapted:
         """
         if isinstance(self.base, Base):
             product = functools.partial(self.base.consume, op=op)
-        y = product(x)
         for term in self.acting(op.use):
-            y = term.act(y, x, op, product)
-        return y
+            product = functools.partial(term.act, op=op, inner=product)
+        return product(x)
 
     def dense(self) -> jax.Array:
         """The adapted weight as one array of its dtype, rounded once."""

@@ -16,11 +16,14 @@ from ..structure import (
     is_factor,
 )
 
+# What the weight did before a term came: `x -> op(x, W)`.
+Inner = Callable[[jax.Array], jax.Array]
+
 
 class Term(abc.ABC):
     """One adapter's part of one adapted weight: a pytree of `Factor`s.
 
-    With $W$ the base weight and $t$ the term, the adapted weight is $t(W)$; for LoRA,
+    With $W$ the weight so far and $t$ the term, the adapted weight is $t(W)$; for LoRA,
     $W + s A B$. No method but `dense` may build an array of the weight's shape.
 
     To add a kind of adapter:
@@ -30,29 +33,24 @@ class Term(abc.ABC):
     2. Implement `act` and `dense`; override `rescale` if the kind commutes with
        multiplying the weight by a vector; override `apply` for whatever else the
        default would get wrong.
-    3. List it in `tests/exam/kinds.py`: the exam does the rest.
+    3. Register with `kind` how it is built from an adapter's arrays.
+    4. List it in `tests/exam/kinds.py`: the exam does the rest.
     """
 
     use: Use | None = None
 
     @abc.abstractmethod
-    def act(
-        self,
-        y: jax.Array,
-        x: jax.Array,
-        op: Bilinear,
-        base: Callable[[jax.Array], jax.Array],
-    ) -> jax.Array:
-        """`y`, the result so far, with this term's part of `op(x, t(W))`.
+    def act(self, x: jax.Array, op: Bilinear, inner: Inner) -> jax.Array:
+        """`op(x, t(W))`.
 
         Args:
-            y: `op(x, W)` with the terms before this one, axes `op.out_labels`.
             x: the other operand.
             op: the operation that consumes the weight.
-            base: gives `op(x', W)` of the base for another operand.
+            inner: gives `op(x', W)` for an operand `x'`, with the terms before this
+                one; an array with axes `op.out_labels`.
 
         Returns:
-            An array of `y`'s shape and dtype.
+            An array of the shape and dtype that `inner` gives.
         """
 
     @abc.abstractmethod

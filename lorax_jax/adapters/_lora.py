@@ -1,14 +1,15 @@
 """LoRA: the low-rank term `W + s A B`."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import cast
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .._errors import AdapterError
 from ..structure import (
+    RANK,
     Along,
     AxisOp,
     Bilinear,
@@ -20,7 +21,10 @@ from ..structure import (
     product,
     wide,
 )
-from ._base import Term
+from ._base import Inner, Term
+from ._kind import Site, kind
+from ._random import dropout_keys
+from ._shapes import check_factors, laid_out_like
 
 
 @jax.tree_util.register_dataclass
@@ -37,6 +41,7 @@ class LowRank(Term):
         a: the factor along the weight's `in` axes, axes `(*batch, *in, RANK)`.
         b: the factor along its `out` axes, axes `(*batch, RANK, *out)`.
         scale: the multiplier $s$, along no axis or along some batch axes.
+        bias: a bias of B, along the `out` axes: the product gains $s$ times it.
         key: PRNG keys for dropout, along no axis or some batch axes; `None` is off.
         dropout: the probability of dropping an entry of `x` before A.
         lookup: whether the weight is an embedding table, looked up along A's axis.
@@ -50,30 +55,36 @@ class LowRank(Term):
     a: Factor
     b: Factor
     scale: Factor
+    bias: Factor | None = None
     key: Factor | None = None
     dropout: Factor | None = None
     lookup: bool = dataclasses.field(default=False, metadata={"static": True})
     use: Use | None = dataclasses.field(default=None, metadata={"static": True})
 
-    def act(
-        self,
-        y: jax.Array,
-        x: jax.Array,
-        op: Bilinear,
-        base: Callable[[jax.Array], jax.Array],
-    ) -> jax.Array:
-        del base
+    def act(self, x: jax.Array, op: Bilinear, inner: Inner) -> jax.Array:
+        y = inner(x)
         return y + self.delta(self.dropped(x, op), op, y)
 
     def delta(self, x: jax.Array, op: Bilinear, like: jax.Array) -> jax.Array:
-        """`op(x, s A B)`, in the shape and dtype of `like`."""
-        return op.low_rank(x, self.a, self._scaled_b(), like)
+        """`op(x, s A B)`, in the shape and dtype of `like`; with B's bias, if any."""
+        delta = op.low_rank(x, self.a, self._scaled(self.b), like)
+        if self.bias is None:
+            return delta
+        summed = {axis for axis in self.a.axes if isinstance(axis, int)}
+        if not all(op.roles.get(axis) for axis in summed):
+            raise Unstructured("B has a bias, and not all inputs are summed over")
+        bias = self._scaled(self.bias)
+        if not set(bias.axes) <= set(op.out_labels):
+            raise Unstructured("B has a bias, and its axes are summed over")
+        return delta + bias.aligned(op.out_labels).astype(like.dtype)
 
     def dense(self, weight: jax.Array) -> jax.Array:
+        if self.bias is not None:
+            raise Unstructured("B has a bias, which is no part of a matrix")
         # HIGHEST: the default float32 product is TF32 or bfloat16 on accelerators.
         axes = tuple(range(weight.ndim))
         work = wide(weight.dtype)
-        b = self._scaled_b().astype(work)
+        b = self._scaled(self.b).astype(work)
         delta, labels = product(
             self.a.array.astype(work),
             self.a.axes,
@@ -92,12 +103,16 @@ class LowRank(Term):
         return head and self.b.holds(axis) and not self.a.holds(axis)
 
     def apply(self, op: AxisOp) -> "LowRank":
-        if isinstance(op, Along) and op.fills:
-            if self.key is not None and self.key.holds(op.axis):
+        if isinstance(op, Along):
+            if op.fills and self.key is not None and self.key.holds(op.axis):
                 raise Unstructured("layers with dropout keys of their own are padded")
+            if self.bias is not None and not self.bias.holds(op.axis):
+                raise Unstructured("B has a bias, and a part of the inputs is taken")
         return cast(LowRank, super().apply(op))
 
     def rescale(self, op: Scale) -> "LowRank":
+        if self.bias is not None:
+            raise Unstructured("B has a bias, and the weight is rescaled")
         for name in ("b", "a"):
             factor: Factor = getattr(self, name)
             if all(factor.holds(axis) for axis in op.axes):
@@ -122,7 +137,52 @@ class LowRank(Term):
         mask = jax.random.bernoulli(key, keep, x.shape)
         return jnp.where(mask, x / keep.astype(x.dtype), jnp.zeros((), x.dtype))
 
-    def _scaled_b(self) -> Factor:
-        b, scale = self.b.array, self.scale.aligned(self.b.axes)
-        work = wide(b.dtype)
-        return Factor(b.astype(work) * scale.astype(work), self.b.axes)
+    def _scaled(self, factor: Factor) -> Factor:
+        values, scale = factor.array, self.scale.aligned(factor.axes)
+        work = wide(values.dtype)
+        return Factor(values.astype(work) * scale.astype(work), factor.axes)
+
+
+@kind(
+    "lora",
+    train=("a", "b"),
+    fixed=("scale", "rank"),
+    optional=("bias", "dropout"),
+)
+def bind_lora(site: Site):
+    """`W + s A B`."""
+    return site.with_term(low_rank(site))
+
+
+def low_rank(site: Site) -> LowRank:
+    """The low-rank term of a site's `a`, `b` and `scale`."""
+    role, fixed = site.role, site.fixed
+    a, b = site.train["a"], site.train["b"]
+    check_factors(site.base, a, b, role)
+    if jnp.shape(site.weight) not in ((), jnp.shape(fixed["scale"])):
+        raise AdapterError(
+            f"A multiplier in `weights` has the shape {jnp.shape(site.weight)}; for "
+            f"{role.name!r} a number is meant, or one for each layer of its stack."
+        )
+    is_one = isinstance(site.weight, float) and site.weight == 1.0
+    scale = fixed["scale"] if is_one else fixed["scale"] * site.weight
+    key, dropout = site.key, fixed.get("dropout")
+    if key is not None and dropout is not None:
+        key = Factor(dropout_keys(key, role, jnp.shape(dropout)), role.stacked)
+        dropout = Factor(dropout, role.stacked)
+    else:
+        key = dropout = None
+    bias = site.train.get("bias")
+    if bias is not None:
+        bias = Factor(bias, (*role.batch, *role.outputs))
+        bias = laid_out_like(site.base, bias)
+    return LowRank(
+        a=laid_out_like(site.base, Factor(a, (*role.batch, *role.inputs, RANK))),
+        b=laid_out_like(site.base, Factor(b, (*role.batch, RANK, *role.outputs))),
+        scale=Factor(scale, role.stacked),
+        bias=bias,
+        key=key,
+        dropout=dropout,
+        lookup=role.lookup,
+        use=role.use,
+    )

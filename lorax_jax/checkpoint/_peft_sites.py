@@ -8,8 +8,8 @@ import numpy as np
 from .. import _peft
 from .._errors import CheckpointError
 from .._names import NameMap
-from ..adapters import Use
 from ..planning import Plan
+from ..structure import Use
 from ._files import TENSORS, AdapterFiles
 from ._keys import keys, parse, prefix_of
 from ._record import FileSite

@@ -12,8 +12,9 @@ import numpy as np
 from .. import _paths
 from .._errors import AdapterError, CheckpointError, closest, shorten
 from .._names import Entry, Layout, NameMap
-from ..adapters import Adapter, Fixed, Use
+from ..adapters import Adapter, Fixed
 from ..planning import Slot
+from ..structure import Use
 from ._base_folder import BaseFolder
 from ._factors import host
 from ._files import AdapterFiles, open_adapter

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from .._errors import CheckpointError
-from ..adapters import Use
+from ..structure import Use
 
 # The metadata's name in the header, and the version that this code writes.
 FIELD = "lorax_jax"

@@ -12,6 +12,7 @@ from .._config import LoraConfig
 from .._errors import PlanError, closest, shorten
 from ..adapters import Role
 from ..transform import Consumer, Leaf, trace_roles
+from ._beside import beside
 from ._select import Selection
 from ._sites import Site, Slot
 from ._table import table
@@ -58,7 +59,7 @@ class Plan:
             optimizer_copies: optimizer state in multiples of the adapter: 2 for Adam.
         """
         values = sum(
-            math.prod(slot.shape_a()) + math.prod(slot.shape_b()) for slot in self.slots
+            math.prod(shape) for slot in self.slots for shape in slot.shapes().values()
         )
         adapter = values * jnp.dtype(self.config.dtype).itemsize
         return Memory(
@@ -161,6 +162,7 @@ def plan(
     _declare(found, roles or {})
     selection = Selection(config, found, {path: leaf.dtype for path, leaf in arrays})
     slots = selection.slots()
+    slots += beside(config, selection.candidates, slots, selection.dtypes)
     patterns = [rule.pattern for rule in selection.rules]
     return Plan(
         config,

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from .. import _paths
 from .._config import ALL_LINEAR, LoraConfig, Rule
 from .._errors import PlanError, closest, listing, shorten
-from ..adapters import Role, Use, not_floating
+from ..adapters import Role, not_floating
+from ..structure import Use
 from ..transform import Consumer, Leaf
 from ._sites import Site, Slot, parameters, part_indices
 
@@ -78,7 +79,7 @@ class Selection:
             return [self.config.resolve(rule) for rule in self.config.rules]
         for pattern in _USUAL_TARGETS:
             rule = self.config.resolve(Rule(pattern))
-            if any(_matches(rule, candidate) for candidate in self.candidates):
+            if any(matches(rule, candidate) for candidate in self.candidates):
                 return [rule]
         linear = [
             leaf.path for leaf in self.leaves.values() if is_linear(leaf, self.rows)
@@ -91,7 +92,7 @@ class Selection:
         )
 
     def _match(self, candidate: Candidate) -> Rule | None:
-        if any(_matches(rule, candidate) for rule in self.excluded):
+        if any(matches(rule, candidate) for rule in self.excluded):
             return None
         layers = self.config.layers
         if layers is not None and candidate.layer not in layers:
@@ -101,7 +102,7 @@ class Selection:
             if rule.pattern == ALL_LINEAR:
                 hit = is_linear(candidate.leaf, self.rows)
             else:
-                hit = _matches(rule, candidate)
+                hit = matches(rule, candidate)
             if hit and first is None:
                 first = rule
                 self.counts[i] += 1
@@ -163,6 +164,14 @@ class Selection:
             )
         (tie,) = ties
         role = find_role(leaf, tie)
+        doras = {rule.dora for _, rule in sites.values()}
+        if len(doras) > 1:
+            raise PlanError(
+                f"Rules disagree about `dora` for the layers of {leaf.path!r}, which "
+                "share one array. Give all of them the same."
+            )
+        if doras == {True}:
+            role = dataclasses.replace(role, kind="dora")
         return Slot(
             role,
             leaf.shape,
@@ -171,7 +180,23 @@ class Selection:
                 self._site(leaf, role, *sites[index]) if index in sites else None
                 for index in part_indices(role, leaf.shape)
             ),
+            bias=self._has_bias(role),
         )
+
+    def _has_bias(self, role: Role) -> bool:
+        """Whether B has a bias; a lookup has no place for one."""
+        if not self.config.lora_bias:
+            return False
+        for wrong, what in (
+            (role.lookup, "is looked up"),
+            (role.kind == "dora", "is DoRA"),
+        ):
+            if wrong:
+                raise PlanError(
+                    f"`lora_bias` gives B a bias, which {role.path!r} cannot have: it "
+                    f"{what}. Leave one of the two out."
+                )
+        return True
 
     def _site(self, leaf: Leaf, role: Role, candidate: Candidate, rule: Rule) -> Site:
         assert rule.rank is not None and rule.alpha is not None
@@ -185,6 +210,7 @@ class Selection:
                 f"(in {role.inputs}, out {role.outputs}). Lower `rank` for this site: "
                 f"targets={{{candidate.path!r}: {{'rank': {most}}}, ...}}"
             )
+        vectors = (role.kind == "dora") + self._has_bias(role)
         return Site(
             path=candidate.path,
             leaf=leaf.path,
@@ -198,7 +224,7 @@ class Selection:
             rule=rule.pattern,
             init=True if rule.init is None else rule.init,
             dropout=rule.dropout or 0.0,
-            trainable=parameters(role, leaf.shape, rule.rank),
+            trainable=parameters(role, leaf.shape, rule.rank, vectors),
         )
 
 
@@ -312,9 +338,7 @@ def stacks_of(leaf: Leaf) -> list[int]:
     """The axes that every use of a leaf reads a layer at a time."""
     uses = [consumer.axes for consumer in leaf.consumers if consumer.axes]
     return sorted(
-        axis
-        for axis in leaf.stacks
-        if uses and all(axes[axis] == "batch" for axes in uses)
+        axis for axis in leaf.stacks if all(axes[axis] == "batch" for axes in uses)
     )
 
 
@@ -367,7 +391,8 @@ def _layer(path: str, index: tuple[int, ...]) -> int | None:
     return None
 
 
-def _matches(rule: Rule, candidate: Candidate) -> bool:
+def matches(rule: Rule, candidate: Candidate) -> bool:
+    """Whether a rule takes a candidate, by its own path or that of its stack."""
     return rule.matches(candidate.path) or (
         bool(candidate.index) and rule.matches(candidate.leaf.path)
     )

@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from ..adapters import Role, Use
+from ..adapters import Role
+from ..structure import Use
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +30,8 @@ class Site:
         init: how A and B start.
         dropout: probability of dropping an input of A.
         trainable: number of trainable values.
+
+    A leaf that is trained whole, and rows of a table, have no rank: it is 0.
     """
 
     path: str
@@ -56,12 +59,16 @@ class Slot:
         dtype: the leaf's dtype.
         sites: one for each index of the stacked axes, in row-major order; `None` where
             a layer is not adapted. A leaf that is no stack has one site.
+        bias: whether B has a bias.
+        ids: the trained rows of a table, ascending.
     """
 
     role: Role
     shape: tuple[int, ...]
     dtype: Any
     sites: tuple[Site | None, ...]
+    bias: bool = False
+    ids: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
@@ -93,6 +100,29 @@ class Slot:
         """Sizes of the axes that B runs along."""
         return self.role.sizes(self.shape, self.role.outputs)
 
+    @property
+    def adapted(self) -> tuple[int, ...]:
+        """Positions of the sites that are there."""
+        return tuple(i for i, site in enumerate(self.sites) if site is not None)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the arrays that are trained."""
+        if self.role.kind == "rows":
+            return {"rows": (len(self.ids), *self.outputs)}
+        if self.role.kind == "whole":
+            if len(self.adapted) == len(self.sites):
+                return {"whole": self.shape}
+            (axis,) = self.role.stacked
+            before, behind = self.shape[:axis], self.shape[axis + 1 :]
+            return {"whole": (*before, len(self.adapted), *behind)}
+        outputs = (*self.layers, *self.experts, *self.outputs)
+        found = {"a": self.shape_a(), "b": self.shape_b()}
+        if self.bias:
+            found["bias"] = outputs
+        if self.role.kind == "dora":
+            found["magnitude"] = outputs
+        return found
+
     def shape_a(self) -> tuple[int, ...]:
         """Shape of the array `a`."""
         return (*self.layers, *self.experts, *self.inputs, self.rank)
@@ -102,12 +132,15 @@ class Slot:
         return (*self.layers, *self.experts, self.rank, *self.outputs)
 
 
-def parameters(role: Role, shape: tuple[int, ...], rank: int) -> int:
-    """Trainable values of one site at `rank`: `rank * (d_in + d_out)` per expert."""
+def parameters(role: Role, shape: tuple[int, ...], rank: int, vectors: int = 0) -> int:
+    """Trainable values of one site: `rank * (d_in + d_out)` for each expert.
+
+    `vectors` counts what is as long as the outputs: a bias of B, a magnitude.
+    """
     inputs = math.prod(role.sizes(shape, role.inputs))
     outputs = math.prod(role.sizes(shape, role.outputs))
     experts = math.prod(role.sizes(shape, role.batch[role.stack :]))
-    return experts * rank * (inputs + outputs)
+    return experts * (rank * (inputs + outputs) + vectors * outputs)
 
 
 def part_indices(role: Role, shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:

@@ -23,15 +23,14 @@ def table(plan: "Plan") -> str:
     for sites in groups.values():
         site = sites[0]
         use = f" ({site.use})" if site.use else ""
+        use += " DoRA" if site.role.kind == "dora" else ""
         rows.append(
             (
                 _path(sites) + use,
                 str(len(sites)),
                 " x ".join(map(str, site.shape)),
                 _axes(site),
-                str(site.rank),
-                f"{site.alpha:g}",
-                f"{site.scale:.4g}",
+                *_numbers(site),
                 f"{sum(s.trainable for s in sites):,}",
             )
         )
@@ -55,8 +54,18 @@ def table(plan: "Plan") -> str:
     return "\n".join(lines)
 
 
+def _numbers(site: Site) -> tuple[str, str, str]:
+    if not site.rank:
+        return ("-", "-", "-")
+    return str(site.rank), f"{site.alpha:g}", f"{site.scale:.4g}"
+
+
 def _axes(site: Site) -> str:
     role = site.role
+    if role.kind == "whole":
+        return "whole"
+    if role.kind == "rows":
+        return "rows"
     kept = [i for i in range(len(site.shape) + role.stack) if i not in role.stacked]
     where = {axis: i for i, axis in enumerate(kept)}
 

@@ -36,6 +36,11 @@ class Bilinear(abc.ABC):
 
     @property
     @abc.abstractmethod
+    def x_labels(self) -> tuple[OperandLabel, ...]:
+        """Labels of the operand: the weight's axis where shared, else its own."""
+
+    @property
+    @abc.abstractmethod
     def out_labels(self) -> tuple[OperandLabel, ...]:
         """Labels of the result: the weight's axis where it has one, else `x`'s."""
 

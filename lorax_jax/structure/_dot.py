@@ -41,7 +41,6 @@ class Dot(Bilinear):
 
     @property
     def x_labels(self) -> tuple[OperandLabel, ...]:
-        """Labels of the operand: the weight's axis where shared, its own elsewhere."""
         shared = dict(self.contract + self.batch)
         return tuple(shared.get(i, ("x", i)) for i in range(self.x_ndim))
 

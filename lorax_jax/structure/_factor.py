@@ -1,5 +1,6 @@
 """`Factor`: an array whose axes are tied to axes of the weight it belongs to."""
 
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import jax
@@ -94,7 +95,7 @@ class Factor:
             tuple(x + offset if isinstance(x, int) else x for x in self.axes),
         )
 
-    def aligned(self, axes: tuple[Label, ...]) -> jax.Array:
+    def aligned(self, axes: Sequence[Hashable]) -> jax.Array:
         """The values with one axis for each of `axes`, of size 1 where not held.
 
         >>> Factor(jnp.ones(3), (0,)).aligned((0, "rank", 1)).shape

@@ -70,7 +70,7 @@ def arrange(
     y: jax.Array,
     labels: Sequence[OperandLabel],
     wanted: Sequence[OperandLabel],
-    shape: tuple[int, ...],
+    shape: Sequence[int],
 ) -> jax.Array:
     """Sums, transposes and broadcasts `y` to the axes `wanted` of size `shape`."""
     extra = tuple(i for i, label in enumerate(labels) if label not in wanted)

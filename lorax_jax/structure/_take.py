@@ -37,6 +37,10 @@ class Take(Bilinear):
     unique: bool = False
 
     @property
+    def x_labels(self) -> tuple[OperandLabel, ...]:
+        return tuple(label for label in self.labels if isinstance(label, tuple))
+
+    @property
     def out_labels(self) -> tuple[OperandLabel, ...]:
         return self.labels
 

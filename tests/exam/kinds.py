@@ -8,9 +8,14 @@ import dataclasses
 from collections.abc import Callable
 
 import jax
-from helpers import dense_params, random_adapter
+import jax.numpy as jnp
+from helpers import random_adapter
 
 import lorax_jax as lj
+from lorax_jax.adapters import Fixed
+
+# Ranks that no axis of any layout has, so that shapes tell factors from weights.
+RANKS = (5, 7)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,29 +23,114 @@ class Kind:
     """A kind of adapter.
 
     Attributes:
-        adapters: `adapters(key, params, role, dtype)` gives the adapters to bind.
-        dense: `dense(params, adapters)` gives the dense parameters, slowly.
+        adapters: `adapters(key, params, role)` gives the adapters to bind.
+        takes: which layouts make sense for it.
+        refuses: names of layouts that it refuses, with a clear error.
     """
 
     name: str
     adapters: Callable
-    dense: Callable = dense_params
+    takes: Callable = lambda layout: True
+    refuses: tuple[str, ...] = ()
 
     def bind(self, params, adapters):
         return lj.bind(params, *adapters)
 
 
-def _one(key, params, role, dtype="float32"):
-    # Ranks that no axis of any layout has, so that shapes tell factors from weights.
-    return [random_adapter(key, params, [role], rank=5, dtype=dtype)]
+def delta(w, role, train, fixed):
+    """`s A B` laid out as `w`."""
+    letters = "abcdefgh"[: w.ndim]
+
+    def names(axes):
+        return "".join(letters[axis] for axis in axes)
+
+    batch = names(role.batch)
+    spec = (
+        f"{batch}{names(role.inputs)}r,{batch}r{names(role.outputs)},"
+        f"{names(role.stacked)}->{letters}"
+    )
+    return jnp.einsum(spec, train["a"], train["b"], fixed["scale"])
 
 
-def _two(key, params, role, dtype="float32"):
+def _lora(w, base, role, train, fixed):
+    del base
+    return w + delta(w, role, train, fixed)
+
+
+def _dora(w, base, role, train, fixed):
+    """The norm is that of the base and this adapter's own delta."""
+    change = delta(w, role, train, fixed)
+    norm = jnp.sqrt(jnp.sum((base + change) ** 2, axis=role.inputs, keepdims=True))
+    order = (*role.batch, *role.outputs)
+    magnitude = train["magnitude"]
+    magnitude = jnp.transpose(magnitude, [order.index(axis) for axis in sorted(order)])
+    gain = jnp.expand_dims(magnitude, role.inputs) / jax.lax.stop_gradient(norm)
+    return gain * (w + change)
+
+
+def _rows(w, base, role, train, fixed):
+    del base
+    index = (slice(None),) * role.inputs[0] + (fixed["ids"],)
+    return w.at[index].set(jnp.moveaxis(train["rows"], 0, role.inputs[0]))
+
+
+SLOWLY = {"lora": _lora, "dora": _dora, "rows": _rows}
+
+
+def dense(base, adapters):
+    """The dense weight that the adapters make of `base`, slowly, differentiably."""
+    w = base
+    for adapter in adapters:
+        for name, fixed in adapter.fixed.items():
+            role = fixed.role
+            w = SLOWLY[role.kind](w, base, role, adapter.train[name], fixed)
+    return w
+
+
+def _one(key, params, role):
+    return [random_adapter(key, params, [role], rank=RANKS[0])]
+
+
+def _two(key, params, role):
     first, second = jax.random.split(key)
     return [
-        random_adapter(first, params, [role], rank=5, dtype=dtype),
-        random_adapter(second, params, [role], rank=7, scale=-1.5, dtype=dtype),
+        random_adapter(first, params, [role], rank=RANKS[0]),
+        random_adapter(second, params, [role], rank=RANKS[1], scale=-1.5),
     ]
 
 
-KINDS = [Kind("lora", _one), Kind("two_lora", _two)]
+def _magnitudes(key, params, role):
+    role = dataclasses.replace(role, kind="dora")
+    (adapter,) = _one(key, params, role)
+    weight = params[role.path]
+    norm = jnp.sqrt(jnp.sum(weight**2, axis=role.inputs, keepdims=True))
+    order = (*role.batch, *role.outputs, *role.inputs)
+    norm = jnp.transpose(norm, order)
+    norm = jnp.squeeze(norm, tuple(range(-len(role.inputs), 0)))
+    change = 1 + 0.2 * jax.random.normal(jax.random.fold_in(key, 9), norm.shape)
+    adapter.train[role.name]["magnitude"] = norm * change
+    fixed = adapter.fixed[role.name]
+    adapter.fixed[role.name] = Fixed(role, {**fixed, "norm": norm})
+    return [adapter]
+
+
+def _lora_then_dora(key, params, role):
+    first, second = jax.random.split(key)
+    return _one(first, params, role) + _magnitudes(second, params, role)
+
+
+def _two_rows(key, params, role):
+    role = dataclasses.replace(role, kind="rows")
+    width = role.sizes(params[role.path].shape, role.outputs)
+    rows = jax.random.normal(key, (2, *width))
+    fixed = Fixed(role, {"ids": jnp.array([1, 4])})
+    return [lj.Adapter({role.name: {"rows": rows}}, {role.name: fixed})]
+
+
+KINDS = [
+    Kind("lora", _one),
+    Kind("two_lora", _two),
+    Kind("dora", _magnitudes),
+    Kind("lora_dora", _lora_then_dora),
+    Kind("rows", _two_rows, takes=lambda layout: layout.role.lookup),
+]

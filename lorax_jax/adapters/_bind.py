@@ -1,0 +1,129 @@
+"""`bind`: how adapters meet the parameters."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .. import _paths
+from .._errors import AdapterError, closest, listing
+from ._adapted import Adapted, is_weight
+from ._kind import KINDS, Site
+from ._role import Adapter, Fixed, Role
+
+
+def bind(
+    params: Any,
+    *adapters: Adapter,
+    weights: Sequence[Any] | None = None,
+    key: jax.Array | None = None,
+) -> Any:
+    r"""Puts adapted weights where the dense ones were.
+
+    The result has the structure of `params`, with an `Adapted` node at each adapted
+    weight, and stands for
+
+    $$W + \sum_i w_i\,s_i\,A_i B_i .$$
+
+    Nothing is computed and the base is not copied: its leaves are the same arrays.
+
+    Args:
+        params: the parameter tree; untouched.
+        adapters: adapters to apply, in order.
+        weights: one multiplier for each adapter; `None` is 1 for all.
+        key: PRNG key for dropout; `None` turns dropout off.
+
+    Returns:
+        A tree for functions that went through `adapt`. It is a pytree: it may be
+        passed into `jit`, mapped over and donated against, but bind inside the
+        function that is differentiated, so that gradients reach `train` alone.
+
+    Raises:
+        AdapterError: if an adapter does not fit `params`.
+
+    Example:
+        >>> import lorax_jax as lj
+        >>> params = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}
+        >>> fn = lambda params, x: x @ params["w"] + params["b"]
+        >>> plan = lj.plan(lj.LoraConfig("w", rank=1), params, fn, (jnp.ones(3),))
+        >>> adapter = lj.init(plan, params, key=jax.random.key(0))
+        >>> bound = lj.bind(params, adapter)
+        >>> bound["w"].shape, bound["b"] is params["b"]
+        ((3, 2), True)
+    """
+    if weights is None:
+        weights = [1.0] * len(adapters)
+    if not isinstance(weights, Sequence) and jnp.ndim(weights) == 0:
+        weights = [weights]
+    if len(weights) != len(adapters):
+        raise AdapterError(
+            f"`weights` has {len(weights)} entries for {len(adapters)} adapters. Give "
+            "one multiplier for each, in the same order."
+        )
+    leaves, treedef = _paths.flatten(params, is_leaf=is_weight)
+    if key is not None and not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)  # a key of the old style, two integers
+    current: dict[str, Any] = dict(leaves)
+    for index, (adapter, weight) in enumerate(zip(adapters, weights, strict=True)):
+        _check_is_adapter(adapter)
+        for name, fixed in adapter.fixed.items():
+            path, train = fixed.role.path, adapter.train[name]
+            if path not in current:
+                raise AdapterError(_no_such_leaf(fixed.role, list(current)))
+            _check_parts(train, fixed)
+            base, site_key = current[path], None
+            if key is not None:
+                before = len(base.terms) if isinstance(base, Adapted) else 0
+                site_key = jax.random.fold_in(key, index + before)
+            site = Site(base, train, fixed, weight, site_key)
+            current[path] = KINDS[fixed.role.kind].bind(site)
+    return jax.tree.unflatten(treedef, [current[path] for path, _ in leaves])
+
+
+def _check_is_adapter(adapter: Any) -> None:
+    if not isinstance(adapter, Adapter):
+        raise AdapterError(
+            f"`bind` got a {type(adapter).__name__} where an `Adapter` was expected. "
+            "Write `bind(params, Adapter(train, fixed))`."
+        )
+    if set(adapter.train) != set(adapter.fixed):
+        odd = sorted(set(adapter.train) ^ set(adapter.fixed))
+        raise AdapterError(
+            f"`train` and `fixed` of an adapter name different weights: {odd}. Both "
+            "must come from one `init` or `load_adapter`."
+        )
+
+
+def _no_such_leaf(role: Role, paths: Sequence[str]) -> str:
+    near = closest(role.path, paths)
+    return (
+        f"The adapter adapts {role.path!r}, which the parameters do not have.\n"
+        + listing("closest", near, len(paths))
+        + "\nBind it to the parameters that it was planned on."
+    )
+
+
+def _check_parts(train: Mapping[str, Any], fixed: Fixed) -> None:
+    role = fixed.role
+    if role.kind not in KINDS:
+        raise AdapterError(
+            f"The adapter of {role.name!r} is of the kind {role.kind!r}. Known: "
+            f"{', '.join(KINDS)}."
+        )
+    kind = KINDS[role.kind]
+    missing = [n for n in kind.train if n not in train]
+    missing += [n for n in kind.fixed if n not in fixed]
+    if missing:
+        raise AdapterError(
+            f"The adapter of {role.name!r} lacks {missing}. `train` and `fixed` "
+            "must come from one `init` or `load_adapter`, whole."
+        )
+    known = {*kind.train, *kind.fixed, *kind.optional}
+    more = sorted({*train, *fixed} - known)
+    if more:
+        raise AdapterError(
+            f"The adapter of {role.name!r} holds {more}, of which an adapter of the "
+            f"kind {role.kind!r} makes no use. `train` and `fixed` must come from one "
+            "`init` or `load_adapter`."
+        )

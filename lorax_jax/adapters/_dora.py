@@ -1,0 +1,217 @@
+"""DoRA: the low-rank term with a trained magnitude for every output."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ..structure import (
+    RANK,
+    Along,
+    AxisOp,
+    Bilinear,
+    Dot,
+    Factor,
+    Scale,
+    Unstructured,
+    Use,
+    product,
+    wide,
+)
+from ._adapted import Adapted, is_weight
+from ._base import Inner, Term
+from ._kind import Site, kind
+from ._lora import LowRank, low_rank
+from ._role import Role
+from ._shapes import laid_out_like
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Dora(Term):
+    r"""Gives $W + s A B$ columns of trained length.
+
+    $$W' = g \odot (W + s A B), \qquad g = m / \lVert W + s A B \rVert,$$
+
+    with one norm and one magnitude for every output, the norm over all inputs. So
+    `y' = g (y + s (x A) B)`: the gain is one multiplication of the result.
+
+    The norm is that of the base weight and this adapter alone, and no gradient goes
+    through it, as in section 4.3 of the paper. It is taken when the adapter is bound,
+    on the whole weight: whatever part of the weight a model uses, the gain is the same.
+
+    With dropout, `x` is dropped in the low-rank part and in the correction of the base
+    alike: `y' = x W + (g - 1) (x~ W) + g s (x~ A) B`.
+
+    Attributes:
+        low: the low-rank term.
+        gain: $g$, along the batch and `out` axes, float32.
+
+    References:
+        Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", 2024.
+        https://arxiv.org/abs/2402.09353
+    """
+
+    low: LowRank
+    gain: Factor
+
+    @property
+    def use(self) -> Use | None:  # pyright: ignore  (a field in the other terms)
+        """The low-rank term's."""
+        return self.low.use
+
+    def act(self, x: jax.Array, op: Bilinear, inner: Inner) -> jax.Array:
+        axes = set(self.gain.axes)
+        if axes <= set(op.out_labels):
+            y = inner(x)
+            gain = self.gain.aligned(op.out_labels)
+            dropped = self.low.dropped(x, op)
+            if dropped is x:
+                return _times(y + self.low.delta(x, op, y), gain)
+            moved = inner(dropped) + self.low.delta(dropped, op, y)
+            return y + _times(moved, gain) - inner(dropped)
+        # A transposed use sums over the outputs: W'^T x = (W + s A B)^T (g x).
+        if axes <= set(op.x_labels):
+            x = _times(x, self.gain.aligned(op.x_labels))
+            y = inner(x)
+            return y + self.low.delta(self.low.dropped(x, op), op, y)
+        raise Unstructured("some outputs of a weight with magnitudes are summed over")
+
+    def dense(self, weight: jax.Array) -> jax.Array:
+        gain = self.gain.aligned(tuple(range(weight.ndim)))
+        return self.low.dense(weight) * gain.astype(weight.dtype)
+
+    def looks_up(self, axis: int) -> bool:
+        return self.low.looks_up(axis)
+
+    def apply(self, op: AxisOp) -> "Dora":
+        if isinstance(op, Scale):
+            # g (c W + s A (c B)): only the low-rank part follows the weight.
+            return dataclasses.replace(self, low=self.low.rescale(op))
+        gain = self.gain
+        if isinstance(op, Along) and op.fills and gain.holds(op.axis):
+            # What is filled in is zero, or another weight's: its gain is 1.
+            gain = Factor(
+                op.map(gain.array - 1, gain.axes.index(op.axis)) + 1, gain.axes
+            )
+            return Dora(self.low.apply(op), gain)
+        return Dora(self.low.apply(op), gain.apply(op))
+
+
+def _times(x: jax.Array, gain: jax.Array) -> jax.Array:
+    return (x.astype(wide(x.dtype)) * gain).astype(x.dtype)
+
+
+@kind(
+    "dora",
+    train=("a", "b", "magnitude"),
+    fixed=("scale", "rank", "norm"),
+    optional=("dropout",),
+)
+def bind_dora(site: Site):
+    """`m (W + s A B) / ||W + s A B||`."""
+    site.refuse_weight("DoRA")
+    low = low_rank(site)
+    role, base = site.role, site.base
+    weight = base.base if isinstance(base, Adapted) else base
+    # No gradient reaches the norm, so nothing is kept for it.
+    a, b, scale = jax.tree.map(
+        lax.stop_gradient, (low.a.array, low.b.array, site.fixed["scale"])
+    )
+    norm = column_norm(weight, a, b, scale, site.fixed["norm"], role)
+    # A column of zeros has no direction, and stays zero whatever the gain.
+    gain = jnp.where(
+        norm > 0, site.train["magnitude"] / jnp.where(norm > 0, norm, 1), 1
+    )
+    factor = Factor(gain, (*role.batch, *role.outputs))
+    return site.with_term(Dora(low, laid_out_like(weight, factor)))
+
+
+def column_norm(weight, a, b, scale, base_norm, role: Role) -> jax.Array:
+    r"""Norms of the outputs' columns of $W + s A B$, without building it.
+
+    $$\lVert W + s A B \rVert^2 =
+      \lVert W \rVert^2 + 2 s \langle W, A B \rangle + s^2 \lVert A B \rVert^2$$
+
+    The middle part is a sum over the rank of $B$ times $A^T W$, the last one goes
+    through $A^T A$: both are as small as B.
+
+    Args:
+        weight: the base, dense or packed.
+        a, b: the factors, `(*batch, *in, rank)` and `(*batch, rank, *out)`.
+        scale: the multiplier, over the stacked axes.
+        base_norm: the norms of `weight` itself, `(*batch, *out)`.
+        role: roles of the weight's axes.
+
+    Returns:
+        The norms, float32, shape `(*batch, *out)`.
+    """
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    down = _through_weight(weight, a, role)  # (*batch, rank, *out)
+    labels = (*role.batch, RANK, *role.outputs)
+    a_labels = (*role.batch, *role.inputs, RANK)
+    gram, gram_labels = product(
+        a,
+        a_labels,
+        a,
+        tuple("other" if x == RANK else x for x in a_labels),
+        keep={*role.batch, RANK, "other"},
+        precision=lax.Precision.HIGHEST,
+    )
+    up, up_labels = product(
+        gram,
+        tuple(gram_labels),
+        b,
+        tuple("other" if x == RANK else x for x in labels),
+        keep={*role.batch, RANK, *role.outputs},
+        precision=lax.Precision.HIGHEST,
+    )
+    assert tuple(up_labels) == labels
+    rank = len(role.batch)
+    cross = jnp.sum(b * down, axis=rank)
+    own = jnp.sum(b * up, axis=rank)
+    scale = Factor(scale, role.stacked).aligned((*role.batch, *role.outputs))
+    total = base_norm**2 + scale * (2 * cross + scale * own)
+    # Where the parts cancel, what is left is noise of this size: never below it.
+    largest = base_norm + jnp.abs(scale) * jnp.sqrt(jnp.maximum(own, 0))
+    noise = jnp.finfo(jnp.float32).eps * largest
+    return jnp.sqrt(jnp.maximum(total, noise**2))
+
+
+def _through_weight(weight, a: jax.Array, role: Role) -> jax.Array:
+    """`A^T W` in float32: shape `(*batch, rank, *out)`."""
+    op = Dot(
+        contract=tuple((len(role.batch) + i, w) for i, w in enumerate(role.inputs)),
+        batch=tuple(enumerate(role.batch)),
+        weight_first=False,
+        x_ndim=a.ndim,
+        weight_ndim=len(weight.shape),
+        precision=lax.Precision.HIGHEST,
+        output_dtype=jnp.float32,
+    )
+    if is_weight(weight):
+        return weight.consume(a, op)
+    # A product of A with a weight in bfloat16, exact in float32, needs A in three
+    # parts of bfloat16: a copy of the weight in float32 would be twice as large.
+    if weight.dtype.itemsize == 1:
+        weight = weight.astype(jnp.bfloat16)
+    parts = _parts(a, weight.dtype)
+    found = op.dense(jnp.concatenate(parts, axis=-1), weight)
+    if len(parts) == 1:
+        return found
+    at = len(role.batch)
+    shape = (*found.shape[:at], len(parts), a.shape[-1], *found.shape[at + 1 :])
+    return found.reshape(shape).sum(axis=at)
+
+
+def _parts(a: jax.Array, dtype) -> list[jax.Array]:
+    """Arrays of `dtype` whose sum is `a`, as nearly as float32 tells."""
+    if dtype.itemsize >= a.dtype.itemsize:
+        return [a.astype(dtype)]
+    parts = []
+    for _ in range(3):
+        part = a.astype(dtype)
+        parts.append(part)
+        a = a - part.astype(a.dtype)
+    return parts
