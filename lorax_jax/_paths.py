@@ -106,3 +106,13 @@ def common_depth(paths: Sequence[str]) -> int:
             break
         depth += 1
     return depth
+
+
+def sibling(path: str, name: str) -> str:
+    """The path of another leaf in the same container.
+
+    >>> sibling("attn/q/kernel", "bias")
+    'attn/q/bias'
+    """
+    above, slash, _ = path.rpartition("/")
+    return f"{above}{slash}{name}"

@@ -95,6 +95,14 @@ class LowRank(Term):
         )
         return weight + arrange(delta, labels, axes, weight.shape)
 
+    def without_bias(self) -> "LowRank":
+        """The term without B's bias: what a matrix can hold of it."""
+        return dataclasses.replace(self, bias=None)
+
+    def shift(self) -> jax.Array | None:
+        """What B's bias adds to every product, along `self.bias.axes`."""
+        return None if self.bias is None else self._scaled(self.bias).array
+
     def looks_up(self, axis: int) -> bool:
         if self.lookup:
             return self.a.holds(axis) and not self.b.holds(axis)

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
+from .. import _paths
 from .._errors import AdapterError
-from ..adapters import Adapted, Adapter, bind
+from ..adapters import Adapted, Adapter, LowRank, bind, is_weight
 from ..structure import Unstructured
 
 
@@ -70,7 +71,7 @@ def merge(
         >>> bool(jnp.allclose(fn(merged, x), lj.adapt(fn)(lj.bind(params, adapter), x)))
         True
     """
-    bound = bind(params, *adapters, weights=weights)
+    bound = _biases_merged(bind(params, *adapters, weights=weights))
     reports: list[MergeReport] = []
 
     def build(leaf):
@@ -100,6 +101,36 @@ def merge(
 
     tree = jax.tree.map(build, bound, is_leaf=lambda x: isinstance(x, Adapted))
     return (tree, reports) if report else tree
+
+
+def _biases_merged(bound: Any) -> Any:
+    """Moves biases of B into the model's own, beside each adapted weight.
+
+    Raises:
+        AdapterError: where the model has none.
+    """
+    leaves, tree = _paths.flatten(bound, is_leaf=is_weight)
+    found = dict(leaves)
+    for path, leaf in leaves:
+        terms = leaf.terms if isinstance(leaf, Adapted) else ()
+        for term in terms:
+            shift = term.shift() if isinstance(term, LowRank) else None
+            if shift is None:
+                continue
+            where = _paths.sibling(path, "bias")
+            bias = found.get(where)
+            if bias is None or is_weight(bias) or bias.size != shift.size:
+                raise AdapterError(
+                    f"The adapter of {path!r} has a bias of B, and the model has no "
+                    f"{where!r} of {shift.size} entries to merge it into. Train "
+                    "without `lora_bias`, or give the layer a bias."
+                )
+            total = bias.astype(shift.dtype) + shift.reshape(bias.shape)
+            found[where] = total.astype(bias.dtype)
+        if terms:
+            plain = (t.without_bias() if isinstance(t, LowRank) else t for t in terms)
+            found[path] = Adapted(leaf.base, tuple(plain), leaf.origin)
+    return jax.tree.unflatten(tree, [found[path] for path, _ in leaves])
 
 
 # Compiled weight by weight: no more than one sum in float32 exists at a time.

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from .. import _paths
 from .._config import LoraConfig, Rule
 from .._errors import PlanError, closest, listing
 from ..adapters import Role, not_floating
@@ -80,7 +81,7 @@ def _choose_siblings(
 ) -> None:
     """The biases beside adapted weights: `attn/q/bias` for `attn/q/kernel`."""
     adapted = {site.path for slot in slots for site in slot.sites if site is not None}
-    wanted = {sibling(path) for path in adapted}
+    wanted = {_paths.sibling(path, "bias") for path in adapted}
     found = False
     for candidate in candidates:
         if candidate.path in wanted:
@@ -93,12 +94,6 @@ def _choose_siblings(
             f"and none of the {len(adapted)} has one: no {min(wanted)!r}, say. Name "
             "the leaves in `whole`."
         )
-
-
-def sibling(path: str) -> str:
-    """Where the bias of a weight is."""
-    above, slash, _ = path.rpartition("/")
-    return f"{above}{slash}bias"
 
 
 def _whole(sites: Mapping[tuple[int, ...], tuple[Candidate, str]], dtypes) -> Slot:
