@@ -98,7 +98,8 @@ class NameMap:
                 seen.add(entry[side])
         object.__setattr__(self, "entries", entries)
         if self.tied == "auto":
-            object.__setattr__(self, "tied", self._token_table())
+            has_head = self.head + _WEIGHT in {entry[1] for entry in entries}
+            object.__setattr__(self, "tied", None if has_head else self.tokens)
 
     @classmethod
     def of(cls, names: Any) -> "NameMap":
@@ -152,12 +153,17 @@ class NameMap:
         >>> [(module.path, module.name) for module in names.expand(2)]
         [('h/0/w', 'h.0.w'), ('h/1/w', 'h.1.w')]
         """
+        for tensor in self.tensors(layers):
+            if tensor.name.endswith(_WEIGHT):
+                yield tensor._replace(name=tensor.name.removesuffix(_WEIGHT))
+
+    def tensors(self, layers: int) -> "Iterator[Module]":
+        """Every tensor of a model with so many layers, as `expand` gives modules."""
         for template in self._templates:
             ours, theirs, layout = template.entry
             names = _PLACEHOLDER.findall(ours)
-            if not theirs.endswith(_WEIGHT) or len(names) > 1:
+            if len(names) > 1:
                 continue
-            theirs = theirs.removesuffix(_WEIGHT)
             pieces = tuple(_PLACEHOLDER.split(ours)[::2])
             for i in range(layers) if names else [None]:
                 index = {} if i is None else {names[0]: str(i)}
@@ -168,11 +174,14 @@ class NameMap:
         """The tensor names of the table that read most like `name`."""
         return closest(name, [theirs for _, theirs, _ in self.entries], most)
 
-    def _token_table(self) -> str | None:
-        """The path of the embedding that a head missing from the table is tied to."""
-        theirs = {entry[1] for entry in self.entries}
-        if self.head + _WEIGHT in theirs:
-            return None
+    @property
+    def tokens(self) -> str | None:
+        """The path of the table of tokens, where it can be told.
+
+        A head that is missing from the table is tied to it, unless `tied` says more.
+        """
+        if self.tied not in (None, "auto"):
+            return self.tied
         tables = [
             (ours, name.removesuffix(_WEIGHT).split(".")[-1])
             for ours, name, layout in self.entries

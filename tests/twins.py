@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from drawn import drawn
 
 import lorax_jax as lj
 from lorax_jax import models
-from lorax_jax.adapters import Fixed
 
 _TOKENS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
 _LLAMA = _TOKENS | {
@@ -101,30 +100,9 @@ def make_twin(family, folder):
     return Twin(family, folder, load_theirs(folder), both)
 
 
-def draw(plan):
-    """Random factors, the same for a stacked tree and an unrolled one."""
-    train, fixed = {}, {}
-    for slot in plan.slots:
-        a, b = np.zeros(slot.shape_a(), "f"), np.zeros(slot.shape_b(), "f")
-        for i, site in enumerate(slot.sites):
-            if site is None:
-                continue
-            at = np.unravel_index(i, slot.layers) if slot.layers else ()
-            source = np.random.default_rng([ord(c) for c in site.path])
-            shape_a, shape_b = (*slot.inputs, site.rank), (site.rank, *slot.outputs)
-            a[at][..., : site.rank] = source.normal(0, 0.1, shape_a)
-            b[at][: site.rank] = source.normal(0, 0.1, shape_b)
-        scales = [0 if site is None else site.scale for site in slot.sites]
-        ranks = [0 if site is None else site.rank for site in slot.sites]
-        train[slot.name] = {"a": jnp.asarray(a), "b": jnp.asarray(b)}
-        fixed[slot.name] = Fixed(
-            slot.role,
-            {
-                "scale": jnp.asarray(scales, jnp.float32).reshape(slot.layers),
-                "rank": jnp.asarray(ranks, jnp.int32).reshape(slot.layers),
-            },
-        )
-    return lj.Adapter(train, fixed)
+def draw(plan, params=None):
+    """Random arrays, the same for a stacked tree and an unrolled one."""
+    return drawn(plan, params, size=0.1)
 
 
 def logits(model, params, adapter=None):

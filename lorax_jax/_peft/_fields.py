@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from .._errors import CheckpointError, shorten
+from ._beside import Whole
 from ._patterns import Patterns, compile_pattern
 
 # The release whose fields these are. A newer one may write more of them.
@@ -60,6 +61,7 @@ DEFAULTS: dict[str, Any] = {
 _HANDLED = {
     "alpha_pattern",
     "base_model_name_or_path",
+    "bias",
     "ensure_weight_tying",
     "exclude_modules",
     "fan_in_fan_out",
@@ -67,11 +69,16 @@ _HANDLED = {
     "layers_pattern",
     "layers_to_transform",
     "lora_alpha",
+    "lora_bias",
     "lora_dropout",
+    "modules_to_save",
     "peft_type",
     "r",
     "rank_pattern",
     "target_modules",
+    "task_type",
+    "trainable_token_indices",
+    "use_dora",
     "use_rslora",
 }
 
@@ -89,24 +96,18 @@ _IGNORED = {
     "qalora_group_size",
     "revision",
     "runtime_config",
-    "task_type",
 }
 
 # Refused where set: each changes what the adapted model computes.
 _REFUSED = {
     "alora_invocation_tokens": "an activated adapter acts after its tokens only",
     "arrow_config": "an Arrow router chooses between adapters for each token",
-    "bias": "trained biases of the base lie beside the factors",
     "kasa_config": "KaSA cuts the base's smallest singular values",
     "layer_replication": "the base's layers are repeated",
-    "lora_bias": "B has a bias",
     "megatron_config": "the factors are those of Megatron's parallel layers",
-    "modules_to_save": "whole modules were trained beside the factors",
     "monteclora_config": "MonteCLoRA keeps a sampler beside the factors",
     "target_parameters": "factors of expert parameters are packed by another rule",
-    "trainable_token_indices": "rows of the embedding were trained",
     "use_bdlora": "a factor is block-diagonal",
-    "use_dora": "DoRA rescales the weight by a magnitude",
     "use_qalora": "QALoRA pools the inputs",
     "velora_config": "VeLoRA keeps projections beside the factors",
 }
@@ -117,7 +118,7 @@ _MUTATING = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
 def check_fields(config: Mapping[str, Any], what: str, *, trained: bool = True) -> None:
-    """Refuses a configuration that asks for more than plain LoRA, by name.
+    """Refuses a configuration that asks for what is not known here, by name.
 
     Args:
         config: the fields.
@@ -150,11 +151,11 @@ def check_fields(config: Mapping[str, Any], what: str, *, trained: bool = True) 
     set_ = [
         f"  {key} = {value!r}: {_REFUSED[key]}"
         for key, value in sorted(config.items())
-        if key in _REFUSED and not _unset(key, value)
+        if key in _REFUSED and value not in (None, False, [], {}, "")
     ]
     if set_:
         raise CheckpointError(
-            f"{what} asks for more than plain LoRA:\n"
+            f"{what} asks for what this library does not know:\n"
             + "\n".join(set_[:8])
             + "\nMerge the adapter with PEFT's `merge_and_unload` and load the merged "
             "model, or train it without."
@@ -167,10 +168,6 @@ def check_fields(config: Mapping[str, Any], what: str, *, trained: bool = True) 
             "`save_pretrained(..., path_initial_model_for_weight_conversion=...)`, "
             "which writes plain LoRA."
         )
-
-
-def _unset(key: str, value: Any) -> bool:
-    return value in (None, False, [], {}, "") or (key == "bias" and value == "none")
 
 
 def number(config: Mapping[str, Any], key: str, what: str) -> float:
@@ -226,7 +223,7 @@ class Ranks:
     """
 
     def __init__(self, config: Mapping[str, Any], what: str):
-        self.rslora = _flag(config, "use_rslora", what)
+        self.rslora = flag(config, "use_rslora", what)
         self.rank = rank(config.get("r", DEFAULTS["r"]), "`r`", what)
         self.alpha = number(config, "lora_alpha", what)
         self.ranks = {
@@ -261,7 +258,12 @@ def _pattern(config: Mapping[str, Any], key: str, what: str) -> dict[str, Any]:
     return found
 
 
-def _flag(config: Mapping[str, Any], key: str, what: str) -> bool:
+def flag(config: Mapping[str, Any], key: str, what: str) -> bool:
+    """A field that is true or false.
+
+    Raises:
+        CheckpointError: if it is something else.
+    """
     value = config.get(key, False)
     if not isinstance(value, bool) and value is not None:
         raise CheckpointError(f"{what} has `{key}` = {value!r:.80}, not true or false.")
@@ -272,7 +274,8 @@ class Targets:
     """Which modules PEFT adapts: `target_modules` and what narrows it.
 
     A string is a regex for the whole name. An entry of a list is a whole name or what
-    follows a dot in it; entries that are a whole name escape `layers_to_transform`.
+    follows a dot in it; entries that are a whole name escape `layers_to_transform`. A
+    module that an entry of `modules_to_save` names, or that is inside one, is left out.
 
     Args:
         config: the fields of an `adapter_config.json`.
@@ -290,6 +293,7 @@ class Targets:
     def __init__(self, config: Mapping[str, Any], what: str):
         self.targets = _names_or_regex(config, "target_modules", what)
         self.excluded = _names_or_regex(config, "exclude_modules", what)
+        self.saved = [f".{name}." for name in Whole(config, what).names]
         layers = config.get("layers_to_transform")
         self.layers = [layers] if isinstance(layers, int) else layers or None
         patterns = config.get("layers_pattern")
@@ -329,7 +333,9 @@ class Targets:
         return layer is not None and int(layer[1]) in self.layers
 
     def excludes(self, module: str) -> bool:
-        """Whether `exclude_modules` names the module."""
+        """Whether `exclude_modules` or `modules_to_save` names the module."""
+        if any(name in f".{module}." for name in self.saved):
+            return True
         return self.excluded is not None and self._hits(self.excluded, module)
 
     def _hits(self, names: str | frozenset[str], module: str) -> bool:

@@ -12,11 +12,11 @@ from typing import Any
 
 from .._errors import CheckpointError, ConfigError, closest, shorten
 from .._names import Module, NameMap
-from ._fields import DEFAULTS, Ranks, Targets, check_fields, number
+from ._copies import beside_from_peft, beside_to_peft
+from ._fields import DEFAULTS, Ranks, Targets, check_fields, flag, number
+from ._modules import LAYERS, group, takes
 from ._patterns import condense, endings, short_targets
 
-# More layers than models have. What holds for all of them is taken to hold always.
-LAYERS = 256
 ALL_LINEAR = "all-linear"
 
 _WHAT = "The PEFT configuration"
@@ -52,21 +52,23 @@ def _from_peft(config: Mapping[str, Any], names: NameMap) -> dict[str, Any]:
         "alpha": ranks.alpha,
         "rslora": ranks.rslora,
         "dropout": number(config, "lora_dropout", _WHAT),
+        "dora": flag(config, "use_dora", _WHAT),
+        "lora_bias": flag(config, "lora_bias", _WHAT),
         "init": init.lower() if isinstance(init, str) else init is not False,
         "targets": None,
     }
+    modules = list(names.expand(LAYERS))
+    picked = [] if chosen.targets is None else _picked(chosen, modules, names)
+    result |= beside_from_peft(config, {m.name for m in picked}, names, _WHAT)
     if chosen.targets is None:
         return result
-    modules = list(names.expand(LAYERS))
     if chosen.all_linear:
         excluded = {m: None for m in modules if chosen.excludes(m.name)}
-        linear = [m for m in modules if _linear(m, names) and m not in excluded]
-        _check_patterns(ranks, linear)
-        special = [m for m in linear if _overrides(ranks, m.name)]
-        result["exclude"] = tuple(_group(excluded))
+        _check_patterns(ranks, picked)
+        special = [m for m in picked if _overrides(ranks, m.name)]
+        result["exclude"] = tuple(group(excluded))
         result["targets"] = _targets(ranks, special) | {ALL_LINEAR: {}}
         return result
-    picked = [m for m in modules if chosen(m.name)]
     tied = _tied(config, chosen, ranks, names)
     _check_targets(chosen, [*(m.name for m in modules), names.head], picked or tied)
     _check_patterns(ranks, picked, *([names.head] if tied else []))
@@ -74,43 +76,21 @@ def _from_peft(config: Mapping[str, Any], names: NameMap) -> dict[str, Any]:
     return result
 
 
+def _picked(chosen: Targets, modules: Sequence[Module], names: NameMap) -> list[Module]:
+    if not chosen.all_linear:
+        return [m for m in modules if chosen(m.name)]
+    return [m for m in modules if _linear(m, names) and not chosen.excludes(m.name)]
+
+
 def _targets(ranks: Ranks, picked: Sequence[Module]) -> dict[str, dict[str, Any]]:
     values = {m: tuple(_overrides(ranks, m.name).items()) for m in picked}
-    return {pattern: dict(overrides) for pattern, overrides in _group(values).items()}
+    return {pattern: dict(overrides) for pattern, overrides in group(values).items()}
 
 
 def _overrides(ranks: Ranks, module: str) -> dict[str, Any]:
     rank, alpha, _ = ranks(module)
     found = {"rank": rank, "alpha": alpha}
     return {key: v for key, v in found.items() if v != getattr(ranks, key)}
-
-
-def _group(values: Mapping[Module, Any]) -> dict[str, Any]:
-    """A regex of whole paths for each family of layers that share a value.
-
-    Families of few layers come first, so that a family of all layers can be written as
-    any number and still leave those to their own rule.
-    """
-    families: dict[tuple[str, ...], dict[Any, list[int]]] = {}
-    plain: dict[str, Any] = {}
-    for module, value in values.items():
-        if module.layer is None:
-            plain[re.escape(module.path)] = value
-        else:
-            family = families.setdefault(module.around, {})
-            family.setdefault(value, []).append(module.layer)
-    found: dict[str, Any] = {}
-    for around, by_value in families.items():
-        everywhere = sum(map(len, by_value.values())) == LAYERS
-        ordered = sorted(by_value.items(), key=lambda item: len(item[1]))
-        for i, (value, layers) in enumerate(ordered):
-            which = "|".join(map(str, layers))
-            if everywhere and i == len(ordered) - 1:
-                which = r"\d+"
-            elif len(layers) > 1:
-                which = f"(?:{which})"
-            found[which.join(map(re.escape, around))] = value
-    return found | plain
 
 
 def _tied(
@@ -197,13 +177,17 @@ def to_peft(config: Any, names: NameMap) -> dict[str, Any]:
         "r": config.rank,
         "lora_alpha": plain(config.rank if config.alpha is None else config.alpha),
         "use_rslora": config.rslora,
+        "lora_bias": config.lora_bias,
         "init_lora_weights": _init(config.init),
     }
     if config.rules is None:
-        return dict(sorted((fields | {"lora_dropout": config.dropout}).items()))
+        fields |= {"lora_dropout": config.dropout, "use_dora": config.dora}
+        fields |= beside_to_peft(config, (), names)
+        return dict(sorted(fields.items()))
     rules = [config.resolve(rule) for rule in config.rules]
     fields["lora_dropout"] = _only("dropout", {rule.dropout for rule in rules})
     fields["init_lora_weights"] = _init(_only("init", {rule.init for rule in rules}))
+    fields["use_dora"] = _only("dora", {rule.dora for rule in rules})
     catch_all = next((r for r in rules if r.pattern == ALL_LINEAR), None)
     taken: dict[str, Any] = {}
     left: list[str] = []
@@ -236,6 +220,7 @@ def to_peft(config: Any, names: NameMap) -> dict[str, Any]:
                 f"{shorten(closest(rules[0].pattern, [e[0] for e in names.entries]))}."
             )
         fields["target_modules"] = sorted(short_targets(taken, left))
+    fields |= beside_to_peft(config, taken, names)
     ranks = {module: rule.rank for module, rule in taken.items()}
     alphas = {module: plain(rule.alpha) for module, rule in taken.items()}
     fields["rank_pattern"] = condense(ranks, fields["r"])
@@ -253,10 +238,7 @@ def _rule(config: Any, rules: Sequence[Any], names: NameMap, module: Module) -> 
 
 
 def _hit(pattern: str, module: Module, names: NameMap) -> bool:
-    if pattern == ALL_LINEAR:
-        return _linear(module, names)
-    stacked = "".join(module.around).replace("//", "/")
-    return any(re.fullmatch(pattern, path) for path in (module.path, stacked))
+    return _linear(module, names) if pattern == ALL_LINEAR else takes(pattern, module)
 
 
 def _place_tie(

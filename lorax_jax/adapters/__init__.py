@@ -5,10 +5,13 @@ from ._adapted import Origin as Origin
 from ._adapted import is_weight as is_weight
 from ._base import Term as Term
 from ._bind import bind as bind
+from ._bind import check_parts as check_parts
 from ._dora import Dora as Dora
+from ._dora import base_norm as base_norm
 from ._dora import column_norm as column_norm
 from ._kind import KINDS as KINDS
 from ._lora import LowRank as LowRank
+from ._memory import on_device as on_device
 from ._random import dropout_keys as dropout_keys
 from ._random import stable_hash as stable_hash
 from ._role import Adapter as Adapter

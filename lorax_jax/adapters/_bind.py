@@ -71,7 +71,7 @@ def bind(
             path, train = fixed.role.path, adapter.train[name]
             if path not in current:
                 raise AdapterError(_no_such_leaf(fixed.role, list(current)))
-            _check_parts(train, fixed)
+            check_parts(train, fixed)
             base, site_key = current[path], None
             if key is not None:
                 before = len(base.terms) if isinstance(base, Adapted) else 0
@@ -104,7 +104,8 @@ def _no_such_leaf(role: Role, paths: Sequence[str]) -> str:
     )
 
 
-def _check_parts(train: Mapping[str, Any], fixed: Fixed) -> None:
+def check_parts(train: Mapping[str, Any], fixed: Fixed) -> None:
+    """Raises unless a site holds the arrays of its kind, and no others."""
     role = fixed.role
     if role.kind not in KINDS:
         raise AdapterError(

@@ -1,6 +1,8 @@
 """DoRA: the low-rank term with a trained magnitude for every output."""
 
 import dataclasses
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +25,7 @@ from ._adapted import Adapted, is_weight
 from ._base import Inner, Term
 from ._kind import Site, kind
 from ._lora import LowRank, low_rank
+from ._memory import on_device
 from ._role import Role
 from ._shapes import laid_out_like
 
@@ -120,12 +123,36 @@ def bind_dora(site: Site):
         lax.stop_gradient, (low.a.array, low.b.array, site.fixed["scale"])
     )
     norm = column_norm(weight, a, b, scale, site.fixed["norm"], role)
-    # A column of zeros has no direction, and stays zero whatever the gain.
-    gain = jnp.where(
-        norm > 0, site.train["magnitude"] / jnp.where(norm > 0, norm, 1), 1
-    )
-    factor = Factor(gain, (*role.batch, *role.outputs))
+    # A column of zeros has no direction, and stays zero whatever the gain. Layers of a
+    # stack that are not adapted have magnitudes too, which mean nothing.
+    axes = (*role.batch, *role.outputs)
+    adapted = Factor(site.fixed["rank"], role.stacked).aligned(axes) > 0
+    acts = (norm > 0) & adapted
+    gain = jnp.where(acts, site.train["magnitude"] / jnp.where(acts, norm, 1), 1)
+    factor = Factor(gain, axes)
     return site.with_term(Dora(low, laid_out_like(weight, factor)))
+
+
+def base_norm(weight: Any, role: Role) -> jax.Array:
+    """Norms of the outputs' columns of a base weight: what a site keeps as `norm`.
+
+    Args:
+        weight: the base, dense or packed.
+        role: roles of its axes.
+
+    Returns:
+        The norms, float32, shape `(*batch, *out)`.
+    """
+    return _base_norm(on_device(weight), role)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _base_norm(weight: Any, role: Role) -> jax.Array:
+    dense = weight.dense() if is_weight(weight) else weight
+    squares = jnp.square(dense.astype(jnp.float32)).sum(role.inputs, keepdims=True)
+    order = (*role.batch, *role.outputs, *role.inputs)
+    squares = jnp.transpose(squares, order)
+    return jnp.sqrt(jnp.squeeze(squares, tuple(range(-len(role.inputs), 0))))
 
 
 def column_norm(weight, a, b, scale, base_norm, role: Role) -> jax.Array:

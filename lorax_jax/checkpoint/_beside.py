@@ -35,8 +35,12 @@ def write_card(folder: Path, base: str | None, sites: Sequence[FileSite]) -> Non
         base: the base model; a hub id goes into the front matter.
         sites: what the adapter adapts.
     """
-    ranks = sorted({site.rank for site in sites})
-    modules = sorted({re.split(r"[./]", site.key)[-1] for site in sites})
+    factors = [site for site in sites if site.low_rank]
+    ranks = sorted({site.rank for site in factors})
+    modules = sorted({re.split(r"[./]", site.key)[-1] for site in factors})
+    kind = "DoRA" if any(site.kind == "dora" for site in sites) else "LoRA"
+    whole = sorted({_digits(site.path) for site in sites if site.kind == "whole"})
+    rows = sum(len(site.ids) for site in sites)
     front = ["library_name: peft", "tags:", "- lora", "- lorax-jax"]
     if base is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", base):
         front.insert(0, f"base_model: {base}")
@@ -44,14 +48,22 @@ def write_card(folder: Path, base: str | None, sites: Sequence[FileSite]) -> Non
 {chr(10).join(front)}
 ---
 
-# LoRA adapter
+# {kind} adapter
 
-A LoRA adapter{f" for `{base}`" if base else ""}, made with lorax-jax: {len(sites)}
+A {kind} adapter{f" for `{base}`" if base else ""}, made with lorax-jax: {len(factors)}
 weights, rank {" to ".join(map(str, dict.fromkeys((ranks[0], ranks[-1]))))}.
 
 Adapted: {", ".join(f"`{name}`" for name in modules)}.
 """
+    if whole:
+        text += f"\nTrained whole: {', '.join(f'`{path}`' for path in whole)}.\n"
+    if rows:
+        text += f"\nTrained rows of tables: {rows}.\n"
     (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _digits(path: str) -> str:
+    return "/".join("*" if part.isdigit() else part for part in path.split("/"))
 
 
 def write_tokenizer(folder: Path, tokenizer: Any) -> None:

@@ -16,7 +16,9 @@ from .._names import NameMap
 from ..adapters import Adapter
 from ._atomic import check_space, replacing
 from ._base_folder import CONFIG, INDEX, SINGLE, BaseFolder, copy_rest, open_base
-from ._pieces import HEAD, TOKEN_TABLES, Piece, pieces_of
+from ._onto_base import TOKEN_TABLES
+from ._piece import HEAD, Piece
+from ._pieces import pieces_of
 from ._safetensors import FLOATS, code_of
 from ._stream import Output, write_file
 
@@ -82,7 +84,7 @@ def export_merged(
     Raises:
         CheckpointError: if something does not fit, or `out_dir` is in use. Nothing is
             written then.
-        AdapterError: if the adapter is more than LoRA; with `safe`, see there.
+        AdapterError: if an adapter cannot be merged; with `safe`, see there.
 
     Example:
         >>> import lorax_jax as lj

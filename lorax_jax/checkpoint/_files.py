@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .. import _peft
-from .._errors import CheckpointError
+from .._errors import CheckpointError, shorten
 from .._json import parse_json, read_json
+from ._copies import adapted_modules, tensor_name
 from ._record import FIELD, Record, decode
 from ._safetensors import Reader
 
@@ -103,7 +104,10 @@ def _absent(folder: Path) -> str:
 def _check_agreement(files: AdapterFiles, record: Record) -> None:
     """The configuration can be edited by hand, and then says something else."""
     ranks = _peft.Ranks(files.config, files.what)
+    _check_kinds(files, record)
     for site in record.sites:
+        if not site.low_rank:
+            continue
         rank, _, scale = ranks(site.key)
         close = abs(scale - site.scale) <= 1e-6 * max(abs(scale), abs(site.scale))
         if rank != site.rank or not close:
@@ -113,3 +117,32 @@ def _check_agreement(files: AdapterFiles, record: Record) -> None:
                 f"{site.scale:g} in the other. One of them was changed. To follow the "
                 "configuration, remove the tensors' metadata and give `names`."
             )
+
+
+def _check_kinds(files: AdapterFiles, record: Record) -> None:
+    """The same for what there is beside ranks and scales."""
+    config, what = files.config, files.what
+    factors = [site for site in record.sites if site.low_rank]
+    whole = [site for site in record.sites if site.kind == "whole"]
+    copies = {tensor_name(k) for s in whole for k in (s.key, s.tied) if k is not None}
+    adapted = adapted_modules(record.sites)
+    rows = {site.key: site.ids for site in record.sites if site.kind == "rows"}
+    chosen = _peft.Whole(config, what)
+    dora = _peft.flag(config, "use_dora", what)
+    bias = _peft.flag(config, "lora_bias", what)
+    here = all(any(_peft.saved_by(n, name) for name in copies) for n in chosen.required)
+    agreed = {
+        "use_dora": all((site.kind == "dora") == dora for site in factors),
+        "lora_bias": all(site.bias == bias for site in factors),
+        "bias": chosen.bias == record.bias,
+        "modules_to_save": here and all(chosen(name, adapted) for name in copies),
+        "trainable_token_indices": _peft.token_rows(config, what) == rows,
+    }
+    odd = [field for field, agrees in agreed.items() if not agrees]
+    if odd:
+        raise CheckpointError(
+            f"{CONFIG} and {TENSORS} in {files.folder} disagree about {shorten(odd)}: "
+            f"{config.get(odd[0])!r:.80} is not what the tensors are. One of them was "
+            "changed. To follow the configuration, remove the tensors' metadata and "
+            "give `names`."
+        )

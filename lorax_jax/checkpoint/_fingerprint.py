@@ -27,8 +27,11 @@ def fingerprints(slot: Slot, leaves: Mapping[str, Any]) -> list[str] | None:
 
     Returns:
         A fingerprint for each position in the slot, or `None` where there are no values
-        to read: types alone, a quantized weight, parts on other hosts.
+        to read: types alone, a quantized weight, parts on other hosts; and for a leaf
+        that is trained whole, whose base is not used.
     """
+    if slot.role.kind == "whole":
+        return None
     leaf = leaves.get(slot.role.path)
     if not isinstance(leaf, jax.Array | np.ndarray) or isinstance(leaf, Tracer):
         return None

@@ -1,8 +1,9 @@
 """Names of tensors in an adapter file.
 
-PEFT's keys are `base_model.model.<module>` and one of four endings. The prefix may be
-missing. A module's own name may hold anything, `lora_A` and `weight` and `default`
-included, so a key is only ever read from its end.
+PEFT's keys are `base_model.model.<module>` and one of a few endings, or the name of a
+tensor of the model where that tensor was trained whole. The prefix may be missing. A
+module's own name may hold anything, `lora_A` and `weight` and `default` included, so a
+key is only ever read from its end.
 """
 
 from collections.abc import Iterable
@@ -10,17 +11,20 @@ from typing import NamedTuple
 
 PREFIX = "base_model.model."
 
-_KERNEL = (".lora_A.weight", ".lora_B.weight")
-_TABLE = (".lora_embedding_A", ".lora_embedding_B")
+# Endings by the name that the array has in an adapter.
+_KERNEL = {"a": ".lora_A.weight", "b": ".lora_B.weight", "bias": ".lora_B.bias"}
+_TABLE = {"a": ".lora_embedding_A", "b": ".lora_embedding_B"}
+_MAGNITUDE = ".lora_magnitude_vector"
+ROWS = ".token_adapter.trainable_tokens_delta"
 
-# Endings of tensors that belong to no plain LoRA, and what they are.
+# Endings of tensors, and what they are, for messages.
 _OTHERS = {
-    ".lora_magnitude_vector": "DoRA's magnitude",
+    _MAGNITUDE: "DoRA's magnitude",
     ".lora_A.bias": "a bias of A",
     ".lora_B.bias": "a bias of B",
     ".lora_diag": "KaSA's diagonal",
     ".lora_velora_embed": "VeLoRA's projection",
-    ".token_adapter.trainable_tokens_delta": "trained rows of an embedding",
+    ROWS: "trained rows of an embedding",
 }
 
 
@@ -45,21 +49,46 @@ def parse(key: str, prefix: str = PREFIX) -> Key | None:
     Key(module='h.0.lora_A.default.weight', factor='b', table=False)
     """
     for endings, table in ((_KERNEL, False), (_TABLE, True)):
-        for ending, factor in zip(endings, "ab", strict=True):
+        for factor in "ab":
+            ending = endings[factor]
             module = key.removesuffix(ending).removeprefix(prefix)
             if key.startswith(prefix) and key.endswith(ending) and module:
                 return Key(module, factor, table)
     return None
 
 
-def keys(module: str, *, table: bool, prefix: str = PREFIX) -> tuple[str, str]:
-    """The keys of a module's A and B.
+def keys(
+    module: str,
+    *,
+    kind: str = "lora",
+    table: bool = False,
+    bias: bool = False,
+    prefix: str = PREFIX,
+) -> dict[str, str]:
+    """The keys of a site's tensors, by the names of its arrays.
 
-    >>> keys("model.embed_tokens", table=True)[0]
+    Args:
+        module: what stands before the endings; of a leaf trained whole, all of it.
+        kind: the kind of adapter.
+        table: whether the module is an embedding.
+        bias: whether B has a bias.
+        prefix: what stands before the module.
+
+    >>> keys("model.embed_tokens", table=True)["a"]
     'base_model.model.model.embed_tokens.lora_embedding_A'
+    >>> list(keys("q", kind="dora")), keys("norm.weight", kind="whole", prefix="")
+    (['a', 'b', 'magnitude'], {'whole': 'norm.weight'})
     """
-    down, up = _TABLE if table else _KERNEL
-    return f"{prefix}{module}{down}", f"{prefix}{module}{up}"
+    if kind == "whole":
+        return {"whole": prefix + module}
+    if kind == "rows":
+        return {"rows": prefix + module + ROWS}
+    endings = dict(_TABLE if table else _KERNEL)
+    if not bias:
+        endings.pop("bias", None)
+    if kind == "dora":
+        endings["magnitude"] = _MAGNITUDE
+    return {name: prefix + module + ending for name, ending in endings.items()}
 
 
 def prefix_of(names: Iterable[str]) -> str:
@@ -80,6 +109,7 @@ def explain(key: str) -> str:
     for ending, meaning in _OTHERS.items():
         if key.endswith(ending):
             return f"{key} ({meaning})"
-    if ".lora_A." in key or ".lora_B." in key:
+    factor = key.endswith((_KERNEL["a"], _KERNEL["b"]))
+    if not factor and (".lora_A." in key or ".lora_B." in key):
         return f"{key} (no key that PEFT's `save_pretrained` writes)"
     return key

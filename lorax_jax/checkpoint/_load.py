@@ -13,17 +13,18 @@ from .._errors import CheckpointError
 from .._names import NameMap
 from ..adapters import Adapter
 from ..planning import Plan
-from ._factors import Matrices, shapes
+from ._arrays import Tensors, shapes
 from ._files import TENSORS, AdapterFiles, open_adapter
 from ._fingerprint import differ, fingerprints
-from ._keys import PREFIX, explain, keys
+from ._keys import PREFIX, explain
 from ._peft_sites import mirrored, peft_sites
+from ._placed import Placed, placed_sites
 from ._plan_of import adapter_of, plan_of
 from ._receipt import Receipt, lines
 from ._record import FileSite
 from ._resolve import Tree, by_slot, place_by_path, place_by_plan
 from ._safetensors import FLOATS
-from ._sites import Placed, part_of, placed_sites
+from ._sites import part_of
 
 
 def load_adapter(
@@ -64,7 +65,8 @@ def load_adapter(
 
     Raises:
         CheckpointError: see above; and always for a file that is damaged, hostile, or
-            asks for more than plain LoRA.
+            asks for what is not known here; or if DoRA is to be loaded onto types
+            alone, which have no norms.
 
     Example:
         >>> import tempfile, jax.numpy as jnp, lorax_jax as lj
@@ -97,9 +99,11 @@ class Loading:
         names: Any,
         *,
         conv1d: bool = False,
+        norms: bool = True,
     ):
         self.files = files
         self.conv1d = conv1d
+        self.norms = norms  # whether DoRA's are taken of the base
         self.entries = files.tensors.entries
         self.tree = Tree(params)
         self.plan = plan
@@ -108,6 +112,7 @@ class Loading:
         self.promised = 0
         self.prefix = PREFIX
         self.rslora = False
+        self.bias = "none"
         self.missing: list[str] = []
         self.misshapen: list[str] = []
         self.nonfinite: list[str] = []
@@ -124,32 +129,34 @@ class Loading:
         if strict:
             self._raise()
         loaded = [(place, self._read(place)) for place in fit]
-        kept = [(place, matrices) for place, matrices in loaded if matrices is not None]
+        kept = [(place, tensors) for place, tensors in loaded if tensors is not None]
         if strict:
             self._raise()
-        if not kept:
+        if not any(place.site.low_rank for place, _ in kept):
             raise CheckpointError(
-                f"Nothing of {self.files.folder} fits the parameters.\n"
+                f"No factors of {self.files.folder} fit the parameters.\n"
                 + "\n".join(self._lines()[:20])
             )
         return self._finish(kept, max(len(sites) + self.promised, len(self.plan or ())))
 
     def _finish(
-        self, kept: list[tuple[Placed, Matrices]], expected: int
+        self, kept: list[tuple[Placed, Tensors]], expected: int
     ) -> tuple[Adapter, Receipt]:
         places = [place for place, _ in kept]
+        dtype = next(held["a"].dtype for place, held in kept if place.site.low_rank)
         plan = plan_of(
             places,
             self.tree,
             rslora=self.rslora,
-            dtype=kept[0][1][0].dtype,
+            bias=self.bias,
+            dtype=dtype,
             plan=self.plan,
         )
-        adapter = adapter_of(plan, kept)
+        adapter = adapter_of(plan, kept, self.tree if self.norms else None)
         return adapter, Receipt(
             expected=expected,
             sites=len(kept),
-            tensors=sum(4 if place.site.tied is not None else 2 for place in places),
+            tensors=sum(len(self._all_keys(place.site)) for place in places),
             leaves=len({place.slot.role.path for place in places}),
             missing=tuple(self.missing),
             unexpected=tuple(map(explain, self.left)),
@@ -165,7 +172,7 @@ class Loading:
         record = self.files.record
         if record is not None:
             self.prefix = PREFIX if record.keys == "peft" else ""
-            self.rslora = record.rslora
+            self.rslora, self.bias = record.rslora, record.bias
             return list(record.sites)
         if self.names is None:
             raise CheckpointError(
@@ -179,8 +186,9 @@ class Loading:
         )
         self.prefix = found.prefix
         self.missing += found.missing
-        self.promised = len(found.missing) // 2
+        self.promised = found.promised
         self.rslora = bool(self.files.config.get("use_rslora"))
+        self.bias = found.bias
         return found.sites
 
     def _place(self, sites: list[FileSite]) -> list[Placed]:
@@ -197,44 +205,62 @@ class Loading:
                     "on."
                 )
         placed = place_by_plan(self.plan, sites)
-        here = {(site.path, site.use) for site in placed}
+        here = {site.name for site in placed}
         for place in placed_sites(self.plan, self.names if self.prefix else None):
-            if (place.site.path, place.site.use) not in here:
+            if place.site.name not in here:
                 self._miss(place.site)
         return list(placed.values())
 
     def _miss(self, site: FileSite) -> None:
         prefix = self.prefix if self.names is not None or not self.prefix else ""
-        for key in keys(site.key, table=site.table, prefix=prefix):
+        for key in site.keys(prefix).values():
             if key not in self.missing:
                 self.missing.append(key)
 
     def _fits(self, place: Placed) -> bool:
         """Whether a site's tensors are there, with the shapes that it should have."""
-        site, slot, i = place
+        site, slot, _ = place
+        if not self._is_planned_kind(place):
+            return False
         before = len(self.missing) + len(self.misshapen) + len(self.changed)
         wanted = shapes(slot, site.rank)
-        pairs = [(keys(site.key, table=site.table, prefix=self.prefix), wanted)]
-        if site.tied is not None:
-            head = keys(site.tied, table=False, prefix=self.prefix)
-            pairs.append((head, (wanted[1][::-1], wanted[0][::-1])))
-        for names, both in pairs:
-            for name, shape in zip(names, both, strict=True):
-                self._check_tensor(name, shape)
-        self._check_rank(site, shapes(slot, 1))
+        if site.transposed:
+            wanted = {name: shape[::-1] for name, shape in wanted.items()}
+        for name, key in site.keys(self.prefix).items():
+            self._check_tensor(key, wanted[name])
+        if site.low_rank and site.tied is not None:
+            wanted = {"a": wanted["b"][::-1], "b": wanted["a"][::-1]}
+        for name, key in site.tied_keys(self.prefix).items():
+            self._check_tensor(key, wanted[name])
+        if site.low_rank:
+            self._check_rank(site, shapes(slot, 1))
         if self.plan is not None:
             self._check_planned(place)
         if len(self.missing) + len(self.misshapen) + len(self.changed) > before:
             return False
-        if len(pairs) > 1 and not mirrored(
-            self.files.tensors, pairs[0][0], pairs[1][0]
-        ):
+        one, other = site.keys(self.prefix), site.tied_keys(self.prefix)
+        if other and not mirrored(self.files.tensors, one, other):
+            first, second = list(one.values())[-1], next(iter(other.values()))
+            what = "transpose" if site.low_rank else "copy"
             self.misshapen.append(
-                f"{pairs[1][0][0]} is not the transpose of {pairs[0][0][1]}, and they "
-                "hold one adapter"
+                f"{second} is not the {what} of {first}, and they hold one adapter"
             )
             return False
         return True
+
+    def _is_planned_kind(self, place: Placed) -> bool:
+        """Whether a site is of the kind that the plan says."""
+        site, slot, _ = place
+        found = site.kind, site.bias, site.ids
+        planned = slot.role.kind, slot.bias, slot.ids
+        if found == planned:
+            return True
+        for key in self._all_keys(site):
+            self.left.pop(key, None)
+        self.changed.append(
+            f"{site.key} holds {_kind(*found)}, and the plan has {_kind(*planned)}"
+        )
+        return False
 
     def _check_tensor(self, name: str, shape: tuple[int, ...]) -> None:
         self.left.pop(name, None)
@@ -250,9 +276,9 @@ class Loading:
         elif entry.code == "F64" and not jax.config.read("jax_enable_x64"):
             self.misshapen.append(f"{name} is F64, which needs `jax_enable_x64`")
 
-    def _check_rank(self, site: FileSite, both: tuple[tuple[int, ...], ...]) -> None:
+    def _check_rank(self, site: FileSite, one: dict[str, tuple[int, ...]]) -> None:
         """A stack is padded to its largest rank, which may not be out of all bounds."""
-        most = both[0][-1] + both[1][-2]
+        most = one["a"][-1] + one["b"][-2]
         if site.rank > most:
             raise CheckpointError(
                 f"{site.key} has rank {site.rank:,}, and no weight of its shape needs "
@@ -277,23 +303,34 @@ class Loading:
             self.changed.append(f"{site.key} has the axes {site.part}, the plan {axes}")
 
     def _one_dtype(self, placed: list[Placed]) -> list[Placed]:
-        """Factors that share an array, and those of a pair, have one dtype."""
+        """Tensors that share an array, and the factors of a pair, have one dtype."""
         kept = []
         for group in by_slot({place.site: place for place in placed}).values():
-            codes = {
-                key: self.entries[key].code
+            odd: set[str] = set()
+            for names in (("a", "b"), ("bias",), ("magnitude",), ("whole",), ("rows",)):
+                found = [site.keys(self.prefix) for site, _, _ in group]
+                alike = [keys[name] for keys in found for name in names if name in keys]
+                odd |= self._odd_dtypes(alike)
+            kept += [
+                place
                 for place in group
-                for key in self._keys(place.site)
-            }
-            usual = collections.Counter(codes.values()).most_common(1)[0][0]
-            like = next(key for key, code in codes.items() if code == usual)
-            odd = {key for key, code in codes.items() if code != usual}
-            self.misshapen += [f"{k} is {codes[k]}, and {like} {usual}" for k in odd]
-            kept += [place for place in group if not odd & {*self._keys(place.site)}]
+                if not odd & {*place.site.keys(self.prefix).values()}
+            ]
         return kept
 
-    def _keys(self, site: FileSite) -> tuple[str, str]:
-        return keys(site.key, table=site.table, prefix=self.prefix)
+    def _odd_dtypes(self, keys: list[str]) -> set[str]:
+        codes = {key: self.entries[key].code for key in keys}
+        if len(set(codes.values())) < 2:
+            return set()
+        usual = collections.Counter(codes.values()).most_common(1)[0][0]
+        like = next(key for key, code in codes.items() if code == usual)
+        odd = {key: code for key, code in codes.items() if code != usual}
+        self.misshapen += [f"{k} is {odd[k]}, and {like} {usual}" for k in odd]
+        return set(odd)
+
+    def _all_keys(self, site: FileSite) -> list[str]:
+        both = site.keys(self.prefix), site.tied_keys(self.prefix)
+        return [key for keys in both for key in keys.values()]
 
     def _check_bases(self, placed: list[Placed]) -> None:
         """Compares the weights with those that the adapter was trained on."""
@@ -326,17 +363,15 @@ class Loading:
                 del self.left[name]
                 self.ignored.append(f"{name} (a copy of the base's)")
 
-    def _read(self, place: Placed) -> Matrices | None:
-        """A site's matrices, unless they hold NaN or infinity."""
-        names = self._keys(place.site)
-        found = [self.files.tensors.read(name) for name in names]
-        bad = [
-            name
-            for name, matrix in zip(names, found, strict=True)
-            if not np.isfinite(matrix).all()
-        ]
+    def _read(self, place: Placed) -> Tensors | None:
+        """A site's tensors, unless they hold NaN or infinity."""
+        keys = place.site.keys(self.prefix)
+        found = {name: self.files.tensors.read(key) for name, key in keys.items()}
+        bad = [keys[name] for name, x in found.items() if not np.isfinite(x).all()]
         self.nonfinite += bad
-        return None if bad else (found[0], found[1])
+        if place.site.transposed:
+            found["whole"] = found["whole"].T
+        return None if bad else found
 
     def _lines(self) -> tuple[str, ...]:
         return lines(
@@ -358,3 +393,8 @@ class Loading:
             f"{shown}{more}\n"
             "Nothing was loaded. `strict=False` loads what fits and lists the rest."
         )
+
+
+def _kind(kind: str, bias: bool, ids: tuple[int, ...]) -> str:
+    rows = f" {list(ids)}" if ids else ""
+    return f"{kind!r}{rows}{' with a bias of B' if bias else ''}"

@@ -12,6 +12,7 @@ from ..planning import Plan
 from ..structure import Use
 from ._files import TENSORS, AdapterFiles
 from ._keys import keys, parse, prefix_of
+from ._peft_copies import peft_copies
 from ._record import FileSite
 from ._resolve import Tree
 from ._safetensors import Reader
@@ -25,11 +26,15 @@ class Found(NamedTuple):
         prefix: what its keys start with.
         sites: its sites.
         missing: keys that its configuration promises and the file does not have.
+        promised: how many sites those are.
+        bias: which biases the configuration trains.
     """
 
     prefix: str
     sites: list[FileSite]
     missing: list[str]
+    promised: int
+    bias: str
 
 
 def peft_sites(
@@ -58,6 +63,8 @@ def peft_sites(
     """
     ranks = _peft.Ranks(files.config, files.what)
     rate = _rate(files)
+    kind = "dora" if _peft.flag(files.config, "use_dora", files.what) else "lora"
+    bias = _peft.flag(files.config, "lora_bias", files.what)
     prefix = prefix_of(files.tensors.entries)
     modules: dict[str, bool] = {}
     for key in files.tensors.entries:
@@ -86,6 +93,8 @@ def peft_sites(
                 alpha=alpha,
                 scale=scale,
                 dropout=rate,
+                kind=kind,
+                bias=bias,
                 turned=turned and is_kernel and names.layout(path) == "same",
             )
         )
@@ -101,7 +110,15 @@ def peft_sites(
                 add(module, path, "lookup")
         elif path is None and module == names.head and tied is not None and not shared:
             add(module, tied, "head")
-    return Found(prefix, sites, _promised(files, names, tree, tied, modules, prefix))
+    lost = [
+        list(keys(m, kind=kind, table=table, bias=bias, prefix=prefix).values())
+        for m, table in _promised(files, names, tree, tied, modules).items()
+    ]
+    copies = peft_copies(files, names, tree, set(modules), prefix)
+    lost += [[key] for key in copies.missing]
+    missing = [key for keys_ in lost for key in keys_]
+    whole = [*sites, *copies.sites]
+    return Found(prefix, whole, missing, len(lost), copies.bias)
 
 
 def _rate(files: AdapterFiles) -> float:
@@ -133,13 +150,16 @@ def _is_shared(
     head = names.head
     one = keys(table, table=True, prefix=prefix)
     other = keys(head, table=False, prefix=prefix)
+    if files.config.get("use_dora"):
+        return False  # each has magnitudes of its own
     ensured = bool(files.config.get("ensure_weight_tying"))
     if plan is not None and any(
         site.path == names.tied and is_shared(plan, site) for site in plan
     ):
         return True
-    if not all(key in files.tensors.entries for key in (*one, *other)):
-        return ensured and one[0] in files.tensors.entries
+    every = (*one.values(), *other.values())
+    if not all(key in files.tensors.entries for key in every):
+        return ensured and one["a"] in files.tensors.entries
     same = mirrored(files.tensors, one, other)
     if ensured and not same:
         raise CheckpointError(
@@ -172,7 +192,7 @@ def _outputs_first(
         kept = tuple(n for axis, n in enumerate(shape) if axis not in place.stack)
         down, up = (
             files.tensors.entries.get(key)
-            for key in keys(module, table=False, prefix=prefix)
+            for key in keys(module, prefix=prefix).values()
         )
         if down is None or up is None or len(down.shape) != 2 or len(up.shape) != 2:
             continue
@@ -191,15 +211,25 @@ def _outputs_first(
     )
 
 
-def mirrored(tensors: Reader, table: tuple[str, str], head: tuple[str, str]) -> bool:
-    """Whether the head's factors are those of the embedding, the other way round."""
-    for one, other in ((table[0], head[1]), (table[1], head[0])):
+def mirrored(
+    tensors: Reader, table: Mapping[str, str], head: Mapping[str, str]
+) -> bool:
+    """Whether the head's tensors are those of the embedding.
+
+    Its factors are theirs the other way round; a copy of the table is the same.
+    """
+    other_side = {"a": "b", "b": "a"}
+    for name, one in table.items():
+        other = head[other_side.get(name, name)]
         left, right = tensors.entries[one], tensors.entries[other]
-        if left.dtype != right.dtype or left.shape != right.shape[::-1]:
+        turn = -1 if name in other_side else 1
+        if left.dtype != right.dtype or left.shape != right.shape[::turn]:
             return False
-        if left.dtype is not None and not np.array_equal(
-            tensors.read(one), tensors.read(other).T
-        ):
+        if left.dtype is None:
+            continue
+        theirs = tensors.read(other)
+        theirs = theirs.T if name in other_side else theirs
+        if not np.array_equal(tensors.read(one), theirs):
             return False
     return True
 
@@ -210,12 +240,11 @@ def _promised(
     tree: Tree,
     tied: str | None,
     modules: Mapping[str, bool],
-    prefix: str,
-) -> list[str]:
-    """Keys of modules that the targets take and that have no key at all."""
+) -> dict[str, bool]:
+    """Modules that the targets take and that have no key; whether each is a table."""
     chosen = _peft.Targets(files.config, files.what)
     if chosen.targets is None or chosen.all_linear:
-        return []
+        return {}
     known: dict[str, bool] = {
         module.name: module.path.split("/")[-1] == "embedding"
         for module in names.expand(tree.layers())
@@ -223,5 +252,4 @@ def _promised(
     }
     if tied is not None:
         known[names.head] = False
-    lost = [m for m in known if m not in modules and chosen(m)]
-    return [key for m in lost for key in keys(m, table=known[m], prefix=prefix)]
+    return {m: table for m, table in known.items() if m not in modules and chosen(m)}

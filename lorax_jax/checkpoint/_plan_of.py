@@ -4,21 +4,31 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, cast
 
+import jax
 import jax.numpy as jnp
 
+from .. import _paths
 from .._config import LoraConfig, Rule
-from ..adapters import Adapter, Fixed
-from ..planning import Plan, Site, Slot
-from ._factors import Matrices, join
+from .._errors import CheckpointError
+from ..adapters import Adapter, Fixed, base_norm
+from ..planning import Plan, Site, Slot, parameters
+from ._arrays import Tensors, join
+from ._placed import Placed
+from ._record import FileSite
 from ._resolve import Tree
-from ._sites import Placed
 
 
 def plan_of(
-    placed: Sequence[Placed], tree: Tree, *, rslora: bool, dtype: Any, plan: Plan | None
+    placed: Sequence[Placed],
+    tree: Tree,
+    *,
+    rslora: bool,
+    bias: str,
+    dtype: Any,
+    plan: Plan | None,
 ) -> Plan:
     """The plan of the sites that were found.
 
@@ -26,42 +36,20 @@ def plan_of(
         placed: the sites and where they are.
         tree: the parameters.
         rslora: whether scales are `alpha / sqrt(rank)`.
+        bias: which biases the configuration asked for.
         dtype: of the factors.
         plan: the plan that was given; it is returned if it says the same.
 
     Returns:
         A plan whose rules name exactly these sites.
     """
-    settings = [_settings(place) for place in placed]
-    counted = collections.Counter(setting[:3] for setting in settings)
-    usual = counted.most_common(1)[0][0]
-    groups: dict[tuple[Any, ...], list[str]] = {}
-    for place, setting in zip(placed, settings, strict=True):
-        path = place.site.path
-        groups.setdefault((*setting, _digits(path)), []).append(path)
-    rules, pattern_of = [], {}
-    for (rank, alpha, dropout, tie, _), paths in groups.items():
-        pattern = _pattern(paths)
-        over = zip(
-            ("rank", "alpha", "dropout"), (rank, alpha, dropout), usual, strict=True
-        )
-        rules.append(Rule(pattern, tie=tie, **{k: v for k, v, u in over if v != u}))
-        for path in paths:
-            pattern_of[path, rank, alpha, dropout, tie] = pattern
-    config = LoraConfig(
-        rules,
-        rank=usual[0],
-        alpha=usual[1],
-        dropout=usual[2],
-        rslora=rslora,
-        dtype=dtype,
-    )
+    config, rule_of = _config([place.site for place in placed], bias, rslora, dtype)
     by_slot: dict[str, dict[int, Site]] = {}
     slots: dict[str, Slot] = {}
-    for place, setting in zip(placed, settings, strict=True):
-        rule = pattern_of[place.site.path, *setting]
+    for place in placed:
         slots[place.slot.name] = place.slot
-        by_slot.setdefault(place.slot.name, {})[place.index] = _site(place, rule)
+        site = _site(place, rule_of[place.site.name])
+        by_slot.setdefault(place.slot.name, {})[place.index] = site
     if plan is not None:
         known = {slot.name: slot for slot in plan.slots}
         same = set(known) == set(slots) and all(
@@ -69,7 +57,12 @@ def plan_of(
         )
         if same:
             return plan
-    order = {path: i for i, path in enumerate(tree.leaves)}
+    leaves = {path: i for i, path in enumerate(tree.leaves)}
+
+    def order(name: str) -> tuple[bool, int, str]:  # factors first, as in any plan
+        role = slots[name].role
+        return role.kind in ("whole", "rows"), leaves[role.path], name
+
     whole = [
         dataclasses.replace(
             slot,
@@ -77,37 +70,64 @@ def plan_of(
                 by_slot[name].get(i) for i in range(max(1, math.prod(slot.layers)))
             ),
         )
-        for name, slot in sorted(
-            slots.items(), key=lambda item: (order[item[1].role.path], item[0])
-        )
+        for name, slot in sorted(slots.items(), key=lambda item: order(item[0]))
     ]
     counts = collections.Counter(
         site.rule for slot in whole for site in slot.sites if site
     )
-    leaves = tree.leaves.values()
+    arrays = tree.leaves.values()
     return Plan(
         config,
         tuple(whole),
-        sum(math.prod(leaf.shape) for leaf in leaves),
-        sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in leaves),
-        tuple((rule.pattern, counts[rule.pattern]) for rule in rules),
+        sum(math.prod(leaf.shape) for leaf in arrays),
+        sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in arrays),
+        tuple((rule.pattern, counts[rule.pattern]) for rule in config.rules or ()),
     )
 
 
-def adapter_of(plan: Plan, placed: Iterable[tuple[Placed, Matrices]]) -> Adapter:
-    """The adapter that these matrices make."""
-    groups: dict[str, dict[int, tuple[Placed, Matrices]]] = {}
-    for place, matrices in placed:
-        groups.setdefault(place.slot.name, {})[place.index] = place, matrices
+def adapter_of(
+    plan: Plan, placed: Iterable[tuple[Placed, Tensors]], base: Tree | None
+) -> Adapter:
+    """The adapter that these tensors make.
+
+    Args:
+        plan: the plan of the sites.
+        placed: the sites, where they are, and their tensors.
+        base: the parameters, of which DoRA keeps norms; `None` leaves those out.
+
+    Raises:
+        CheckpointError: if norms are needed and the parameters have no values.
+    """
+    groups: dict[str, dict[int, tuple[Placed, Tensors]]] = {}
+    for place, tensors in placed:
+        groups.setdefault(place.slot.name, {})[place.index] = place, tensors
     train, fixed = {}, {}
     for slot in plan.slots:
         group = groups[slot.name]
-        train[slot.name] = join(slot, {i: m for i, (_, m) in group.items()})
-        fixed[slot.name] = Fixed(slot.role, _values(slot, group))
+        train[slot.name] = join(slot, {i: t for i, (_, t) in group.items()})
+        values = _values(slot, group)
+        if slot.role.kind == "dora" and base is not None:
+            values["norm"] = _norm(base.leaves[slot.role.path], slot)
+        fixed[slot.name] = Fixed(slot.role, values)
     return Adapter(train, fixed)
 
 
+def _norm(leaf: Any, slot: Slot) -> Any:
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        raise CheckpointError(
+            f"The adapter of {slot.role.path!r} is DoRA, which keeps the norms of the "
+            "base weight, and `params` has only its type there. Give parameters that "
+            "hold values."
+        )
+    return base_norm(leaf, slot.role)
+
+
 def _values(slot: Slot, group: Mapping[int, tuple[Placed, Any]]) -> dict[str, Any]:
+    if slot.role.kind == "rows":
+        return {"ids": jnp.asarray(slot.ids, jnp.int32)}
+    if slot.role.kind == "whole":
+        some = len(slot.adapted) < len(slot.sites)
+        return {"layers": jnp.asarray(slot.adapted, jnp.int32)} if some else {}
     sites = [group[i][0].site if i in group else None for i in range(len(slot.sites))]
 
     def over_layers(name: str, dtype: Any) -> Any:
@@ -123,10 +143,79 @@ def _values(slot: Slot, group: Mapping[int, tuple[Placed, Any]]) -> dict[str, An
     return found
 
 
-def _settings(place: Placed) -> tuple[int, float, float, str | None]:
-    site = place.site
-    tie = "shared" if site.tied is not None else site.use
-    return site.rank, site.alpha, site.dropout, tie
+Names = dict[tuple[str, str | None], str]
+
+
+def _config(
+    sites: Sequence[FileSite], bias: str, rslora: bool, dtype: Any
+) -> tuple[LoraConfig, Names]:
+    """A configuration that names exactly these sites, and which rule takes which."""
+    rule_of: Names = {}
+    factors = [site for site in sites if site.low_rank]
+    usual = collections.Counter(_numbers(site) for site in factors).most_common(1)[0][0]
+    groups: dict[tuple[Any, ...], list[FileSite]] = {}
+    for site in factors:
+        tie = "shared" if site.tied is not None else site.use
+        key = _numbers(site), tie, _digits(site.path)
+        groups.setdefault(key, []).append(site)
+    rules = []
+    for (numbers, tie, _), group in groups.items():
+        pattern = _name(rule_of, group)
+        over = zip(_NUMBERS, numbers, usual, strict=True)
+        rules.append(Rule(pattern, tie=tie, **{k: v for k, v, u in over if v != u}))
+    adapted = {_paths.sibling(site.path, "bias") for site in factors}
+    families: dict[tuple[str, ...], list[FileSite]] = {}
+    token_rows = {}
+    for site in sites:
+        if site.kind == "rows":
+            token_rows[_name(rule_of, [site])] = site.ids
+        elif site.kind == "whole":
+            if is_bias(site.path, bias, adapted):
+                rule_of[site.name] = f"`bias` = {bias!r}"
+            else:
+                families.setdefault(_digits(site.path), []).append(site)
+    whole = [_name(rule_of, group) for group in families.values()]
+    config = LoraConfig(
+        rules,
+        **dict(zip(_NUMBERS, usual, strict=True)),
+        rslora=rslora,
+        lora_bias=any(site.bias for site in factors),
+        bias=cast(Any, bias),
+        whole=whole,
+        token_rows=token_rows,
+        dtype=dtype,
+    )
+    return config, rule_of
+
+
+_NUMBERS = ("rank", "alpha", "dropout", "dora")
+
+
+def _numbers(site: FileSite) -> tuple[Any, ...]:
+    return site.rank, site.alpha, site.dropout, site.kind == "dora"
+
+
+def _name(rule_of: Names, sites: Sequence[FileSite]) -> str:
+    """A pattern of the sites, noted down as the rule of each."""
+    pattern = _pattern([site.path for site in sites])
+    rule_of |= dict.fromkeys((site.name for site in sites), pattern)
+    return pattern
+
+
+def is_bias(path: str, bias: str, adapted: Collection[str]) -> bool:
+    """Whether `bias` of the configuration trains the leaf.
+
+    Args:
+        path: its path.
+        bias: the configuration's.
+        adapted: paths of the biases beside weights that have factors.
+
+    >>> is_bias("h/0/q/bias", "all", ()), is_bias("h/0/q/bias", "lora_only", ())
+    (True, False)
+    """
+    if bias == "all":
+        return path.split("/")[-1] == "bias"
+    return bias == "lora_only" and path in adapted
 
 
 def _site(place: Placed, rule: str) -> Site:
@@ -138,9 +227,12 @@ def _site(place: Placed, rule: str) -> Site:
         index.append(left % n)
         left //= n
     kept = [axis for axis in range(len(slot.shape)) if axis not in role.stacked]
-    values = math.prod(slot.experts) * (
-        math.prod(slot.inputs) + math.prod(slot.outputs)
-    )
+    vectors = site.bias + (site.kind == "dora")
+    values = parameters(role, slot.shape, site.rank, vectors)
+    if site.kind == "rows":
+        values = len(site.ids) * math.prod(slot.outputs)
+    elif site.kind == "whole":
+        values = math.prod(slot.outputs)
     return Site(
         path=site.path,
         leaf=role.path,
@@ -154,7 +246,7 @@ def _site(place: Placed, rule: str) -> Site:
         rule=rule,
         init=True,
         dropout=site.dropout,
-        trainable=site.rank * values,
+        trainable=values,
     )
 
 

@@ -9,17 +9,25 @@ an unrolled one write the same file.
 import dataclasses
 import json
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from .._errors import CheckpointError
+from ..adapters import KINDS
 from ..structure import Use
+from ._keys import PREFIX, keys
 
-# The metadata's name in the header, and the version that this code writes.
+# The metadata's name in the header, and its version: 2 where a site is more than plain
+# LoRA, else 1, which releases that know of nothing else read too.
 FIELD = "lorax_jax"
-VERSION = 1
+VERSION = 2
 
 Keys = Literal["peft", "paths"]
+BIASES = ("none", "all", "lora_only")
+
+# A table has some 10^5 rows.
+_MOST_ROWS = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +36,8 @@ class Part:
 
     Attributes:
         shape: its shape.
-        inputs: axes that A runs along.
+        inputs: axes that A runs along; of a table with trained rows, the axis that
+            counts them; of a leaf trained whole, none.
         outputs: axes that B runs along.
         batch: axes that are neither: experts.
         lookup: whether the weight is an embedding, looked up along `inputs`.
@@ -52,7 +61,8 @@ class FileSite:
         use: the only use of a tied weight that it adapts, or `None`.
         key: what stands before the ending in its keys: a module's name, or the path.
         tied: the module that holds the same factors the other way round, where an
-            adapter of a tied weight is seen by both its uses.
+            adapter of a tied weight is seen by both its uses; of a table trained whole,
+            the tensor that holds the same copy.
         table: whether its keys are those of an embedding.
         rank: columns of A.
         alpha: numerator of the scale.
@@ -60,6 +70,10 @@ class FileSite:
         dropout: probability of dropping an input of A.
         part: roles of the axes; `None` where the file does not say.
         base: what `fingerprints` gives for the weight that it was trained on.
+        kind: the kind of adapter. What is trained whole and rows have no rank: it is 0.
+        bias: whether B has a bias.
+        ids: which rows of a table are trained.
+        transposed: whether the tensor of a leaf trained whole is its transpose.
         turned: where `part` is not said: our array is `(d_out, d_in)`. Not recorded.
     """
 
@@ -74,7 +88,33 @@ class FileSite:
     dropout: float
     part: Part | None = None
     base: str | None = None
+    kind: str = "lora"
+    bias: bool = False
+    ids: tuple[int, ...] = ()
+    transposed: bool = False
     turned: bool = False
+
+    @property
+    def name(self) -> tuple[str, str | None]:
+        """What tells it from other sites, those of the same path included."""
+        return self.path, "rows" if self.kind == "rows" else self.use
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether it has factors."""
+        return self.rank > 0
+
+    def keys(self, prefix: str = PREFIX) -> dict[str, str]:
+        """The keys of its tensors, by the names of its arrays."""
+        return keys(
+            self.key, kind=self.kind, table=self.table, bias=self.bias, prefix=prefix
+        )
+
+    def tied_keys(self, prefix: str = PREFIX) -> dict[str, str]:
+        """The keys of the tensors of `tied`; empty if there is none."""
+        if self.tied is None:
+            return {}
+        return keys(self.tied, kind=self.kind, prefix=prefix)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,21 +125,32 @@ class Record:
         keys: `"peft"` if keys are PEFT's, `"paths"` if they are our paths.
         rslora: whether scales are `alpha / sqrt(rank)`.
         sites: what the file holds.
+        bias: which biases the configuration asked for.
     """
 
     keys: Keys
     rslora: bool
     sites: tuple[FileSite, ...]
+    bias: str = "none"
 
     def encode(self) -> dict[str, str]:
         """The header's metadata."""
-        whole = {"version": VERSION, **dataclasses.asdict(self)}
+        plain = all(site.kind == "lora" and not site.bias for site in self.sites)
+        whole = {"version": 1 if plain else VERSION, **dataclasses.asdict(self)}
+        if self.bias == "none":
+            del whole["bias"]
         for site in whole["sites"]:  # leave out what says nothing
             del site["turned"]
-            for fields in (site, site["part"] or {}):
+            for name, usual in _USUAL.items():
+                if site[name] == usual:
+                    del site[name]
+            for fields in (site, site.get("part") or {}):
                 for name in [n for n, v in fields.items() if v is None]:
                     del fields[name]
         return {"format": "pt", FIELD: json.dumps(whole, separators=(",", ":"))}
+
+
+_USUAL: dict[str, Any] = {"kind": "lora", "bias": False, "ids": (), "transposed": False}
 
 
 def decode(text: Any, what: str) -> Record:
@@ -114,15 +165,16 @@ def decode(text: Any, what: str) -> Record:
     """
     read = _Fields(text, f"The metadata of {what}")
     version = read("version", int)
-    if version != VERSION:
+    if version not in range(1, VERSION + 1):
         raise CheckpointError(
-            f"{what} has metadata of version {version}; this release reads version "
-            f"{VERSION}. Load it with the release of lorax-jax that wrote it."
+            f"{what} has metadata of version {version}; this release reads versions up "
+            f"to {VERSION}. Load it with the release of lorax-jax that wrote it."
         )
     sites = tuple(_site(site, what) for site in read("sites", list))
+    both = [(*site.keys().values(), *site.tied_keys().values()) for site in sites]
     for label, seen in (
-        ("sites", [(site.path, site.use) for site in sites]),
-        ("keys", [k for site in sites for k in (site.key, site.tied) if k is not None]),
+        ("sites", [site.name for site in sites]),
+        ("keys", [key for one in both for key in one]),
     ):
         if len(set(seen)) < len(seen):
             raise read.bad(f"`{label}`, some of them twice,", sorted(map(str, seen)))
@@ -130,6 +182,7 @@ def decode(text: Any, what: str) -> Record:
         keys=read("keys", str, ("peft", "paths")),
         rslora=read("rslora", bool),
         sites=sites,
+        bias=read("bias", str, BIASES, optional=True) or "none",
     )
 
 
@@ -141,8 +194,17 @@ def _site(site: Any, what: str) -> FileSite:
         read("scale", float),
         read("dropout", float),
     )
-    if not 1 <= rank < 1 << 24 or not math.isfinite(scale) or not 0 <= dropout < 1:
+    kind = read("kind", str, tuple(KINDS), optional=True) or "lora"
+    ids = read.sizes("ids", _MOST_ROWS) if kind == "rows" else ()
+    least = 1 if "a" in KINDS[kind].train else 0
+    fine = least <= rank < (1 << 24 if least else 1)
+    if not fine or not math.isfinite(scale) or not 0 <= dropout < 1:
         raise read.bad("rank, scale and dropout", (rank, scale, dropout))
+    if kind == "rows" and not (ids and all(map(operator.lt, ids, ids[1:]))):
+        raise read.bad("`ids`", ids)
+    bias = bool(read("bias", bool, optional=True))
+    if bias and "bias" not in KINDS[kind].optional:
+        raise read.bad("a bias of B in a site of the kind", kind)
     return FileSite(
         path=read("path", str),
         use=read("use", str, ("lookup", "head"), optional=True),
@@ -153,12 +215,16 @@ def _site(site: Any, what: str) -> FileSite:
         alpha=read("alpha", float),
         scale=scale,
         dropout=dropout,
-        part=None if part is None else _part(part, what),
+        part=None if part is None else _part(part, what, kind),
         base=read("base", str, optional=True),
+        kind=kind,
+        bias=bias,
+        ids=ids,
+        transposed=bool(read("transposed", bool, optional=True)),
     )
 
 
-def _part(part: Any, what: str) -> Part:
+def _part(part: Any, what: str, kind: str) -> Part:
     read = _Fields(part, f"The metadata of {what}")
     found = Part(
         shape=read.sizes("shape"),
@@ -173,7 +239,13 @@ def _part(part: Any, what: str) -> Part:
     fine = sorted(axes) == list(range(len(found.shape)))
     fine &= len({*stack}) == len(stack)
     fine &= max(stack, default=-1) < len(axes) + len(stack)
-    if not (fine and found.inputs and found.outputs):
+    if kind == "whole":
+        fine &= not found.inputs and not found.batch
+    else:
+        fine &= bool(found.inputs and found.outputs)
+    if kind == "rows":
+        fine &= len(found.inputs) == 1 and not found.batch and not stack
+    if not fine:
         raise read.bad("shape and axes", (found.shape, *axes, *stack))
     return found
 
@@ -204,13 +276,13 @@ class _Fields:
             raise self.bad(f"`{name}`", value)
         return value
 
-    def sizes(self, name: str) -> tuple[int, ...]:
-        """A short list of small integers."""
+    def sizes(self, name: str, most: int = 16) -> tuple[int, ...]:
+        """A list of small integers, a short one."""
         values = self(name, list)
         for n in values:
             if isinstance(n, bool) or not isinstance(n, int) or not 0 <= n < 1 << 48:
                 raise self.bad(f"`{name}`", values)
-        if len(values) > 16:
+        if len(values) > most:
             raise self.bad(f"`{name}`", values)
         return tuple(values)
 

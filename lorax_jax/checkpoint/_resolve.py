@@ -9,9 +9,9 @@ from typing import Any
 from .. import _paths
 from .._errors import CheckpointError
 from ..adapters import Role, is_weight
-from ..planning import Plan, Slot
+from ..planning import Plan, Site, Slot
+from ._placed import Placed
 from ._record import FileSite, Part
-from ._sites import Placed
 
 # Stacks within stacks, and numbers in a path. Which of the numbers are layers is tried
 # out, so a file may not have endless ones.
@@ -124,16 +124,19 @@ def is_index(part: str) -> bool:
 def place_by_plan(plan: Plan, sites: Iterable[FileSite]) -> dict[FileSite, Placed]:
     """Each site's place in a plan; sites that the plan does not have are left out."""
     where = {
-        (site.path, site.use): (slot, i)
+        _name(site): (slot, i)
         for slot in plan.slots
         for i, site in enumerate(slot.sites)
         if site is not None
     }
     return {
-        site: Placed(site, *where[site.path, site.use])
-        for site in sites
-        if (site.path, site.use) in where
+        site: Placed(site, *where[site.name]) for site in sites if site.name in where
     }
+
+
+def _name(site: Site) -> tuple[str, str | None]:
+    """As `FileSite.name`."""
+    return site.path, "rows" if site.role.kind == "rows" else site.use
 
 
 def place_by_path(tree: Tree, sites: Iterable[FileSite]) -> dict[FileSite, Placed]:
@@ -153,14 +156,14 @@ def place_by_path(tree: Tree, sites: Iterable[FileSite]) -> dict[FileSite, Place
             _check_known(tree, site)
             continue
         found[site] = place, _role(place, part, site)
-    slots: dict[tuple[str, Any], Slot] = {}
+    slots: dict[str, Slot] = {}
     placed: dict[FileSite, Placed] = {}
     for site, (place, role) in found.items():
         leaf = tree.leaves[place.leaf]
-        slot = slots.setdefault(
-            (place.leaf, site.use), Slot(role, tuple(leaf.shape), leaf.dtype, ())
-        )
-        if slot.role != role:
+        shape = tuple(leaf.shape)
+        new = Slot(role, shape, leaf.dtype, (), bias=site.bias, ids=site.ids)
+        slot = slots.setdefault(role.name, new)
+        if slot != new:
             raise CheckpointError(
                 f"The layers of {place.leaf!r} are said to have different axes: "
                 f"{slot.role} and {role}. The file was changed or damaged."
@@ -187,6 +190,7 @@ def _role(place: Place, part: Part, site: FileSite) -> Role:
         stack=len(place.stack),
         lookup=part.lookup,
         use=site.use,
+        kind=site.kind,
     )
 
 

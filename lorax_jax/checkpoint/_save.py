@@ -11,20 +11,22 @@ from typing import Any
 import numpy as np
 
 from .. import _paths, _peft
-from .._errors import AdapterError
+from .._errors import AdapterError, CheckpointError
 from .._names import NameMap
 from ..adapters import Adapter, Fixed, is_weight
 from ..planning import Plan
+from ._arrays import Tensors, host, split
 from ._atomic import check_space, replacing
 from ._beside import write_card, write_tokenizer
-from ._factors import Matrices, host, split
+from ._copies import modules_to_save
 from ._files import CONFIG, OURS, TENSORS
 from ._fingerprint import fingerprints
-from ._keys import PREFIX, keys
+from ._keys import PREFIX
+from ._placed import Placed, placed_sites
 from ._record import FileSite, Record
 from ._resolve import is_index
 from ._safetensors import Writer, code_of
-from ._sites import Placed, placed_sites, tensor_layout
+from ._sites import tensor_layout
 
 
 def save_adapter(
@@ -55,6 +57,9 @@ def save_adapter(
     Without `names` the folder holds the same files, with `<path>.lora_A.weight` and
     `<path>.lora_B.weight` for keys, and PEFT refuses it.
 
+    Beside them, under PEFT's names: a magnitude, a bias of B, leaves that were trained
+    whole (modules of PEFT's `modules_to_save`, and biases), rows of a table.
+
     Either way the tensors' header records the axes, ranks and scales of every site, so
     `load_adapter` needs nothing beside the parameters. A stacked model and an unrolled
     one write the same file.
@@ -78,7 +83,7 @@ def save_adapter(
             from.
 
     Raises:
-        AdapterError: if the adapter is not one of the plan, or is more than LoRA.
+        AdapterError: if the adapter is not one of the plan.
         CheckpointError: if PEFT's format cannot hold it, or the disk is full.
 
     Example:
@@ -106,9 +111,10 @@ def save_adapter(
             "task_type": task_type,
         }
     else:
-        config = _config(sites, table, rslora)
+        config = _config(sites, table, plan)
         config |= {"base_model_name_or_path": base, "task_type": task_type}
-    record = Record("paths" if table is None else "peft", rslora, tuple(sites))
+    form = "paths" if table is None else "peft"
+    record = Record(form, rslora, tuple(sites), plan.config.bias)
     metadata = record.encode()
     size = sum(tensor.nbytes for tensor in tensors.values())
     check_space(dir, size + len(str(metadata)) + (1 << 20))
@@ -138,14 +144,6 @@ def _check(adapter: Adapter, plan: Plan) -> None:
             "the plan that it was made with; for a loaded adapter, `receipt.plan`."
         )
     for name, fixed in adapter.fixed.items():
-        more = (set(adapter.train[name]) - {"a", "b"}) | (
-            set(fixed) - {"scale", "rank", "dropout"}
-        )
-        if more:
-            raise AdapterError(
-                f"The adapter of {name!r} keeps {sorted(more)} beside A and B, for "
-                "which the file has no place. Only plain LoRA can be saved."
-            )
         if fixed.role != slots[name].role:
             raise AdapterError(
                 f"The adapter's axes of {name!r}, {fixed.role}, are not the plan's, "
@@ -169,28 +167,28 @@ def _contents(
     for slot in plan.slots:
         fixed = adapter.fixed[slot.name]
         bases = fingerprints(slot, leaves)
-        for i, _, matrices in split(slot, adapter.train[slot.name], fixed):
+        for i, _, held in split(slot, adapter.train[slot.name], fixed):
             site = by_slot[slot.name][i]
-            base = None if bases is None else bases[i]
-            site = dataclasses.replace(
-                site, base=base, **_numbers(site, fixed, i, plan)
-            )
+            if site.low_rank:
+                site = dataclasses.replace(site, **_numbers(site, fixed, i, plan))
+            if bases is not None:
+                site = dataclasses.replace(site, base=bases[i])
             sites.append(site)
-            tensors |= _tensors(site, matrices, PREFIX if peft else "")
+            tensors |= _tensors(site, held, PREFIX if peft else "")
     # In the order of paths, so that stacked and unrolled models write the same file.
     return sorted(
-        sites, key=lambda site: (_natural(site.path), site.use or "")
+        sites, key=lambda site: (_natural(site.path), site.name[1] or "")
     ), tensors
 
 
-def _tensors(site: FileSite, matrices: Matrices, prefix: str) -> dict[str, np.ndarray]:
-    down, up = keys(site.key, table=site.table, prefix=prefix)
-    found = {down: matrices[0], up: matrices[1]}
-    if site.tied is not None:
+def _tensors(site: FileSite, held: Tensors, prefix: str) -> Tensors:
+    if site.transposed:
+        held = {"whole": held["whole"].T}
+    found = {key: held[name] for name, key in site.keys(prefix).items()}
+    if site.low_rank:
         # The head multiplies by the transposed table: its A is B's transpose.
-        down, up = keys(site.tied, table=False, prefix=prefix)
-        found |= {down: matrices[1].T, up: matrices[0].T}
-    return found
+        held = {"a": held["b"].T, "b": held["a"].T}
+    return found | {key: held[name] for name, key in site.tied_keys(prefix).items()}
 
 
 def _numbers(site: FileSite, fixed: Fixed, i: int, plan: Plan) -> dict[str, float]:
@@ -206,13 +204,14 @@ def _numbers(site: FileSite, fixed: Fixed, i: int, plan: Plan) -> dict[str, floa
     return {"scale": float(scale), "alpha": float(scale) * root, "dropout": rate}
 
 
-def _config(sites: Sequence[FileSite], names: NameMap, rslora: bool) -> dict[str, Any]:
+def _config(sites: Sequence[FileSite], names: NameMap, plan: Plan) -> dict[str, Any]:
     """The fields from which PEFT finds exactly these modules, ranks and scales."""
     values: dict[str, FileSite] = {}
     for site in sites:
-        values[site.key] = site
-        if site.tied is not None:
-            values[site.tied] = site
+        if site.low_rank:
+            values[site.key] = site
+            if site.tied is not None:
+                values[site.tied] = site
     ranks = {module: site.rank for module, site in values.items()}
     alphas = {module: _peft.plain(site.alpha) for module, site in values.items()}
     rates = {module: site.dropout for module, site in values.items()}
@@ -224,12 +223,32 @@ def _config(sites: Sequence[FileSite], names: NameMap, rslora: bool) -> dict[str
         "lora_alpha": alpha,
         "rank_pattern": _peft.condense(ranks, rank),
         "alpha_pattern": _peft.condense(alphas, alpha),
-        "use_rslora": rslora,
+        "use_rslora": plan.config.rslora,
+        "use_dora": _alike({site.key: site.kind == "dora" for site in values.values()}),
+        "lora_bias": _alike({site.key: site.bias for site in values.values()}),
         "lora_dropout": rate,
+        "bias": plan.config.bias,
+        "modules_to_save": modules_to_save(sites, names, plan.config.bias),
+        "trainable_token_indices": {
+            site.key: list(site.ids) for site in sites if site.kind == "rows"
+        }
+        or None,
         "target_modules": _peft.exact_targets(list(values), others),
         "ensure_weight_tying": any(site.tied is not None for site in sites),
-        "fan_in_fan_out": any(_is_conv1d(site, names) for site in sites),
+        "fan_in_fan_out": any(_is_conv1d(site, names) for site in values.values()),
     }
+
+
+def _alike(asked: Mapping[str, bool]) -> bool:
+    """What PEFT says once for all modules."""
+    if len(set(asked.values())) > 1:
+        one, other = (min(m for m in asked if asked[m] is v) for v in (True, False))
+        raise CheckpointError(
+            f"{one!r} and {other!r} have adapters of different kinds, and PEFT's "
+            "configuration has one kind for all. Save two adapters, or leave `names` "
+            "out for a file with our paths."
+        )
+    return True in asked.values()
 
 
 def _is_conv1d(site: FileSite, names: NameMap) -> bool:

@@ -1,44 +1,11 @@
-"""A plan's sites as a file has them."""
+"""Sites with factors as a file has them."""
 
 import math
-from typing import NamedTuple
 
 from .._errors import CheckpointError, closest, shorten
 from .._names import Layout, NameMap
 from ..planning import Plan, Site, Slot
 from ._record import FileSite, Part
-
-
-class Placed(NamedTuple):
-    """A site of a file, and where it is in an adapter.
-
-    Attributes:
-        site: the site.
-        slot: the leaf.
-        index: its position among the leaf's sites.
-    """
-
-    site: FileSite
-    slot: Slot
-    index: int
-
-
-def placed_sites(plan: Plan, names: NameMap | None) -> list[Placed]:
-    """Every site of a plan, with its keys.
-
-    Args:
-        plan: the plan.
-        names: the model's name table, for PEFT's keys; `None` for keys of our paths.
-
-    Raises:
-        CheckpointError: if PEFT has no key for a site.
-    """
-    found = []
-    for slot in plan.slots:
-        for i, site in enumerate(slot.sites):
-            if site is not None:
-                found.append(Placed(_file_site(plan, slot, site, names), slot, i))
-    return found
 
 
 def is_shared(plan: Plan, site: Site) -> bool:
@@ -50,7 +17,18 @@ def is_shared(plan: Plan, site: Site) -> bool:
     return (tie or plan.config.tie) == "shared"
 
 
-def _file_site(plan: Plan, slot: Slot, site: Site, names: NameMap | None) -> FileSite:
+def factor_site(plan: Plan, slot: Slot, site: Site, names: NameMap | None) -> FileSite:
+    """A site with factors, as a file has it.
+
+    Args:
+        plan: the plan.
+        slot: the leaf.
+        site: the site.
+        names: the model's name table, for PEFT's keys; `None` for keys of our paths.
+
+    Raises:
+        CheckpointError: if PEFT has no key for the site.
+    """
     table = site.role.lookup
     tied = None
     if names is None:
@@ -81,8 +59,14 @@ def _file_site(plan: Plan, slot: Slot, site: Site, names: NameMap | None) -> Fil
                 )
             key = names.head
         else:
-            key = _module(site.path, names)
+            key = module_of(site.path, names)
             tied = names.head if shares and is_shared(plan, site) else None
+        if tied is not None and site.role.kind == "dora":
+            raise CheckpointError(
+                f"{site.path!r} has one magnitude for the lookup and the head, and "
+                "PEFT has one for each. Say which is adapted (`tie`), or leave `names` "
+                "out for a file with our paths."
+            )
     return FileSite(
         path=site.path,
         use=site.use,
@@ -94,6 +78,8 @@ def _file_site(plan: Plan, slot: Slot, site: Site, names: NameMap | None) -> Fil
         scale=site.scale,
         dropout=site.dropout,
         part=part_of(slot),
+        kind=site.role.kind,
+        bias=slot.bias,
     )
 
 
@@ -113,12 +99,17 @@ def tensor_layout(layout: Layout, part: Part) -> Layout | None:
     return None
 
 
-def _module(path: str, names: NameMap) -> str:
+def module_of(path: str, names: NameMap) -> str:
+    """The module whose weight is at `path`.
+
+    Raises:
+        CheckpointError: if the table has none.
+    """
     module = names.module(path)
     if module is None:
         near = closest(path, [entry[0] for entry in names.entries], 3)
         raise CheckpointError(
-            f"`names` has no module for {path!r}, so PEFT could not find its factors. "
+            f"`names` has no module for {path!r}, so PEFT could not find its adapter. "
             f"Closest: {shorten(near)}. Add an entry (path, tensor name ending in "
             "'.weight', layout), or leave `names` out for a file with our paths."
         )

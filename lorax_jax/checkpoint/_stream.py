@@ -7,6 +7,7 @@ was found to hang on the columns of the result, and on its rows only where they 
 in blocks of 64 rows or more, all of one size, every element comes out as in the whole
 (14 shapes, ranks 4 to 128, 2 to 16 threads, JAX 0.10 and 0.12; blocks of 48 rows, or
 of columns, do not). So blocks are of rows, and the last one overlaps the one before.
+The gains of DoRA are those of whole columns, and taken first, of the whole tensor.
 """
 
 import dataclasses
@@ -19,11 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import _paths
-from ..adapters import Adapter, Fixed, Role
-from ..merging import merge
+from .._errors import AdapterError
+from ..adapters import Adapted, Dora, LowRank, Origin, Rows, Term, bind
+from ..merging import merged_weight
+from ..structure import Factor
 from ._base_folder import BaseFolder
-from ._pieces import Piece
+from ._piece import Piece
 from ._safetensors import FLOATS, Reader, Writer
 
 _CHUNK = 8 << 20  # bytes copied at a time
@@ -100,16 +102,99 @@ def merged(
         dtype: of the result.
         safe: refuse NaN and infinity.
     """
+    if any(piece.is_copy for piece, _ in pieces):
+        return _vector(tensor, pieces, dtype, safe)
     result = tensor if tensor.dtype == dtype else np.empty(tensor.shape, dtype)
     turned = pieces[0][0].layout == "linear"
     ours, out = (tensor.T, result.T) if turned else (tensor, result)  # (d_in, d_out)
-    blocks = list(_blocks(ours.shape))
-    # The last block overlaps the one before, and must see the base there.
-    last = _block(ours[blocks[-1]], blocks[-1], pieces, dtype, safe)
-    for rows in blocks[:-1]:
-        out[rows] = _block(ours[rows], rows, pieces, dtype, safe)
-    out[blocks[-1]] = last
+    with jax.default_device(_cpu()):
+        terms = _terms(ours, pieces)
+        origin = Origin(pieces[0][0].path)
+
+        def block(rows: slice) -> np.ndarray:
+            base = np.ascontiguousarray(ours[rows])
+            if base.dtype != dtype:
+                base = base.astype(np.float32)  # rounded once, to the new dtype
+            inside = tuple(_within(term, rows) for term in terms)
+            weight = Adapted(jnp.asarray(base), inside, origin)
+            found = merged_weight(weight, safe=safe)
+            return np.asarray(found).astype(dtype, copy=False)
+
+        blocks = list(_blocks(ours.shape))
+        # The last block overlaps the one before, and must see the base there.
+        last = block(blocks[-1])
+        for rows in blocks[:-1]:
+            out[rows] = block(rows)
+        out[blocks[-1]] = last
     return result
+
+
+def _terms(ours: np.ndarray, pieces: Sequence[tuple[Piece, float]]) -> tuple[Term, ...]:
+    """What acts on a weight, as `bind` makes it."""
+    path = pieces[0][0].path
+    weight: Any = jax.ShapeDtypeStruct(ours.shape, ours.dtype)
+    if any(piece.kind == "dora" for piece, _ in pieces):
+        weight = jnp.asarray(np.ascontiguousarray(ours))
+    adapters = [piece.adapter(weight) for piece, _ in pieces]
+    bound = bind({path: weight}, *adapters, weights=[weight for _, weight in pieces])
+    return bound[path].terms
+
+
+def _within(term: Term, rows: slice) -> Term:
+    """A term for some rows of the weight."""
+    if isinstance(term, Dora):
+        low = _within(term.low, rows)
+        assert isinstance(low, LowRank)
+        return dataclasses.replace(term, low=low)
+    if isinstance(term, LowRank):
+        a = Factor(term.a.array[rows], term.a.axes)
+        return dataclasses.replace(term, a=a)
+    assert isinstance(term, Rows)
+    if term.axis == 1:
+        return Rows(Factor(term.rows.array[:, rows], term.rows.axes), term.ids)
+    ids = np.asarray(term.ids.array)
+    inside = (ids >= rows.start) & (ids < rows.stop)
+    return Rows(
+        Factor(term.rows.array[inside], term.rows.axes),
+        Factor(jnp.asarray(ids[inside] - rows.start), term.ids.axes),
+    )
+
+
+def _vector(
+    tensor: np.ndarray,
+    pieces: Sequence[tuple[Piece, float]],
+    dtype: np.dtype,
+    safe: bool,
+) -> np.ndarray:
+    """A trained copy of the tensor, or the tensor, with biases of B added."""
+    copies = [piece for piece, _ in pieces if piece.kind == "whole"]
+    shifts = [(piece, weight) for piece, weight in pieces if piece.kind == "shift"]
+    name = pieces[0][0].tensor
+    if len(copies) > 1 or len(copies) + len(shifts) < len(pieces):
+        raise AdapterError(
+            f"{name} is trained whole, and adapted by another adapter too. Leave it "
+            "out of one of the two."
+        )
+    if copies and pieces[[p for p, _ in pieces].index(copies[0])][1] != 1:
+        raise AdapterError(
+            f"`weights` multiplies {name}, where the adapter is a leaf trained whole: "
+            "that has no multiple. Merge it with the weight 1."
+        )
+    total = tensor
+    if copies:
+        # In the base's dtype, as the model saw it.
+        total = copies[0].arrays["whole"].astype(tensor.dtype)
+    for piece, weight in shifts:
+        scale = piece.scale * np.float32(weight)
+        bias = piece.arrays["bias"].astype(np.float32) * scale
+        total = (total.astype(np.float32) + bias).astype(tensor.dtype)
+    total = total.astype(dtype)
+    if safe and not np.isfinite(total).all():
+        raise AdapterError(
+            f"Merging into {name!r} gives NaN or infinity. Nothing was changed; check "
+            "the adapter's factors and scale."
+        )
+    return total
 
 
 def _blocks(shape: tuple[int, ...]) -> Iterable[slice]:
@@ -122,30 +207,6 @@ def _blocks(shape: tuple[int, ...]) -> Iterable[slice]:
         yield slice(start, start + rows)
     if count % rows:
         yield slice(count - rows, count)
-
-
-def _block(
-    base: np.ndarray,
-    rows: slice,
-    pieces: Sequence[tuple[Piece, float]],
-    dtype: np.dtype,
-    safe: bool,
-) -> np.ndarray:
-    base = np.ascontiguousarray(base)
-    if base.dtype != dtype:
-        base = base.astype(np.float32)  # rounded once, to the new dtype
-    name = pieces[0][0].tensor
-    role = Role(_paths.escape(name), inputs=(0,), outputs=(1,))
-    with jax.default_device(_cpu()):
-        adapters = []
-        for piece, _ in pieces:
-            train = {"a": jnp.asarray(piece.a[rows]), "b": jnp.asarray(piece.b)}
-            rank = jnp.asarray(piece.a.shape[-1], jnp.int32)
-            fixed = Fixed(role, {"scale": jnp.asarray(piece.scale), "rank": rank})
-            adapters.append(Adapter({name: train}, {name: fixed}))
-        weights = [weight for _, weight in pieces]
-        leaf = merge({name: jnp.asarray(base)}, *adapters, weights=weights, safe=safe)
-        return np.asarray(leaf[name]).astype(dtype, copy=False)
 
 
 def _cpu() -> Any:

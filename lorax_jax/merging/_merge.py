@@ -77,30 +77,45 @@ def merge(
     def build(leaf):
         if not isinstance(leaf, Adapted):
             return leaf
-        path = leaf.origin.path
-        try:
-            merged = _dense(leaf)
-        except Unstructured as error:
-            raise AdapterError(
-                f"{path!r} cannot be merged: {error}. Untie the weight first: give "
-                "the head a leaf of its own and adapt that."
-            ) from None
-        if safe and isinstance(merged, Tracer):
-            raise AdapterError(
-                "`safe` looks at values, and inside `jit` there are none yet. Merge "
-                "outside, or check the result yourself."
-            )
-        if safe and not bool(jnp.isfinite(merged).all()):
-            raise AdapterError(
-                f"Merging into {path!r} gives NaN or infinity. Nothing was changed; "
-                "check the adapter's factors and scale."
-            )
+        merged = merged_weight(leaf, safe=safe)
         if report:
-            reports.append(MergeReport(path, *map(float, _errors(leaf, merged))))
+            errors = map(float, _errors(leaf, merged))
+            reports.append(MergeReport(leaf.origin.path, *errors))
         return merged
 
     tree = jax.tree.map(build, bound, is_leaf=lambda x: isinstance(x, Adapted))
     return (tree, reports) if report else tree
+
+
+def merged_weight(weight: Adapted, *, safe: bool = False) -> jax.Array:
+    """One adapted weight as an array, summed and rounded as `merge` does.
+
+    Args:
+        weight: the weight; no term of it has a bias of B.
+        safe: refuse NaN and infinity.
+
+    Raises:
+        AdapterError: as `merge`.
+    """
+    path = weight.origin.path
+    try:
+        merged = _dense(weight)
+    except Unstructured as error:
+        raise AdapterError(
+            f"{path!r} cannot be merged: {error}. Untie the weight first: give the "
+            "head a leaf of its own and adapt that."
+        ) from None
+    if safe and isinstance(merged, Tracer):
+        raise AdapterError(
+            "`safe` looks at values, and inside `jit` there are none yet. Merge "
+            "outside, or check the result yourself."
+        )
+    if safe and not bool(jnp.isfinite(merged).all()):
+        raise AdapterError(
+            f"Merging into {path!r} gives NaN or infinity. Nothing was changed; check "
+            "the adapter's factors and scale."
+        )
+    return merged
 
 
 def _biases_merged(bound: Any) -> Any:

@@ -6,11 +6,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 from jaxtyping import PRNGKeyArray
 
 from .. import initializers
-from ..adapters import Role, column_norm, is_weight, stable_hash
+from ..adapters import (
+    Role,
+    base_norm,
+    column_norm,
+    is_weight,
+    on_device,
+    stable_hash,
+)
+from ..structure import Factor
 from ._sites import Site, Slot
 
 Start = tuple[dict[str, jax.Array], dict[str, jax.Array]]
@@ -39,41 +46,18 @@ def _lora(slot: Slot, leaf: Any, key: PRNGKeyArray, dtype: Any) -> Start:
 def _dora(slot: Slot, leaf: Any, key: PRNGKeyArray, dtype: Any) -> Start:
     """The magnitudes start as the norms of the starting columns, so the gain is 1."""
     train, fixed = _lora(slot, leaf, key, dtype)
-    leaf = _on_device(leaf)
-    fixed["norm"] = _norms(leaf, slot.role)
+    leaf = on_device(leaf)
+    fixed["norm"] = base_norm(leaf, slot.role)
     norm = _started(leaf, train["a"], train["b"], fixed, slot.role)
-    return train | {"magnitude": norm.astype(dtype)}, fixed
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _norms(weight: Any, role: Role) -> jax.Array:
-    """Norms of the weight's columns in float32, shape `(*batch, *out)`."""
-    dense = weight.dense() if is_weight(weight) else weight
-    squares = jnp.square(dense.astype(jnp.float32)).sum(role.inputs, keepdims=True)
-    order = (*role.batch, *role.outputs, *role.inputs)
-    squares = jnp.transpose(squares, order)
-    return jnp.sqrt(jnp.squeeze(squares, tuple(range(-len(role.inputs), 0))))
+    # Layers that are not adapted have zeros everywhere, which no optimizer moves.
+    axes = (*slot.role.batch, *slot.role.outputs)
+    adapted = Factor(fixed["rank"], slot.role.stacked).aligned(axes) > 0
+    return train | {"magnitude": jnp.where(adapted, norm, 0).astype(dtype)}, fixed
 
 
 @functools.partial(jax.jit, static_argnums=4)
 def _started(weight: Any, a, b, fixed: Any, role: Role) -> jax.Array:
     return column_norm(weight, a, b, fixed["scale"], fixed["norm"], role)
-
-
-def _on_device(leaf: Any) -> Any:
-    """A weight that lives in host memory, on its device; one at a time."""
-
-    def move(x):
-        kind = getattr(getattr(x, "sharding", None), "memory_kind", None)
-        if kind is None or "host" not in kind or isinstance(x, Tracer):
-            return x
-        device = x.sharding.with_memory_kind("device")
-        usable = {
-            m.kind for d in x.sharding.device_set for m in d.addressable_memories()
-        }
-        return jax.device_put(x, device) if "device" in usable else x
-
-    return jax.tree.map(move, leaf)
 
 
 def _whole(slot: Slot, leaf: Any, key: PRNGKeyArray, dtype: Any) -> Start:

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawn import drawn
 from safetensors.numpy import load_file, save_file
 
 import lorax_jax as lj
 from lorax_jax import models
-from lorax_jax.adapters import Fixed
 
 _LLAMA = {
     "model_type": "llama",
@@ -93,7 +93,7 @@ def make():
             plan = lj.plan(
                 lj.LoraConfig(rules, **whole), params, fn=model.apply, args=(IDS,)
             )
-            made[key] = Made(model, params, plan, _adapter(plan))
+            made[key] = Made(model, params, plan, drawn(plan, params))
         return made[key]
 
     return build
@@ -113,35 +113,6 @@ def _model(family, scan, dtype):
         layers = params[name].values()
         params = params | {name: jax.tree.map(lambda *xs: jnp.stack(xs), *layers)}
     return model, params
-
-
-def _adapter(plan):
-    """An adapter with random factors: `init=False`, without the compilations."""
-    train, fixed = {}, {}
-    for slot in plan.slots:
-        ranks = np.array([0 if site is None else site.rank for site in slot.sites])
-        scales = [0 if site is None else site.scale for site in slot.sites]
-        drops = [0 if site is None else site.dropout for site in slot.sites]
-        a, b = np.zeros(slot.shape_a()), np.zeros(slot.shape_b())
-        for i, site in enumerate(slot.sites):
-            if site is None:
-                continue
-            at = np.unravel_index(i, slot.layers) if slot.layers else ()
-            draw = np.random.default_rng([ord(c) for c in site.path])
-            a[at][..., : site.rank] = draw.normal(0, 0.3, (*slot.inputs, site.rank))
-            b[at][: site.rank] = draw.normal(0, 0.3, (site.rank, *slot.outputs))
-        train[slot.name] = {
-            "a": jnp.asarray(a, jnp.float32),
-            "b": jnp.asarray(b, jnp.float32),
-        }
-        values = {
-            "scale": jnp.asarray(scales, jnp.float32).reshape(slot.layers),
-            "rank": jnp.asarray(ranks, jnp.int32).reshape(slot.layers),
-        }
-        if any(drops):
-            values["dropout"] = jnp.asarray(drops, jnp.float32).reshape(slot.layers)
-        fixed[slot.name] = Fixed(slot.role, values)
-    return lj.Adapter(train, fixed)
 
 
 @pytest.fixture(scope="session")

@@ -515,13 +515,13 @@ def test_nan_is_refused_unless_wanted(make, base_folder, tmp_path):
     lj.export_merged(base, adapter, out, names=made.names, safe=False)
 
 
-def test_more_than_lora(make, base_folder, tmp_path):
+def test_arrays_of_no_kind(make, base_folder, tmp_path):
     made = make("llama")
     name = next(iter(made.adapter.train))
     train = made.adapter.train | {
         name: made.adapter.train[name] | {"rows": jnp.ones(2)}
     }
-    with pytest.raises(AdapterError, match=r"keeps \['rows'\] beside A and B"):
+    with pytest.raises(AdapterError, match=r"holds \['rows'\], of which .*'lora'"):
         lj.export_merged(
             base_folder(made),
             made.adapter._replace(train=train),

@@ -82,17 +82,12 @@ def test_where_there_is_no_adapter(make, tmp_path):
 REFUSED = {
     "alora_invocation_tokens": [1, 2],
     "arrow_config": {"top_k": 3},
-    "bias": "all",
     "kasa_config": {"beta": 1e-4},
     "layer_replication": [[0, 2], [1, 2]],
-    "lora_bias": True,
     "megatron_config": {"a": 1},
-    "modules_to_save": ["lm_head"],
     "monteclora_config": {"num_samples": 2},
     "target_parameters": ["experts.gate_up_proj"],
-    "trainable_token_indices": [1],
     "use_bdlora": {"nblocks": 2},
-    "use_dora": True,
     "use_qalora": True,
     "velora_config": {"num_groups": 4},
     "some_new_field": 1,
@@ -100,7 +95,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("field", REFUSED)
-def test_more_than_lora_is_refused_by_name(make, folder, field):
+def test_what_is_not_known_is_refused_by_name(make, folder, field):
     reconfigure(folder, **{field: REFUSED[field]})
     with pytest.raises(CheckpointError, match=field):
         load(folder, make("llama"))
@@ -126,9 +121,9 @@ def test_other_starts_are_plain_lora(make, folder, init):
 
 
 def test_every_problem_is_named_at_once(make, folder):
-    reconfigure(folder, use_dora=True, bias="lora_only", lora_bias=True)
+    reconfigure(folder, use_qalora=True, use_bdlora=True, layer_replication=[[0, 1]])
     with pytest.raises(
-        CheckpointError, match=r"(?s)bias = 'lora_only'.*lora_bias.*use_dora"
+        CheckpointError, match=r"(?s)layer_replication.*use_bdlora.*use_qalora"
     ):
         load(folder, make("llama"))
 
@@ -274,7 +269,7 @@ def test_a_header_full_of_keys(make, folder):
 RECORDS = {
     "no JSON": ("{", "is not JSON"),
     "no object": ("[]", "has `version` = None"),
-    "version": ('{"version": 2}', "has metadata of version 2"),
+    "version": ('{"version": 3}', "has metadata of version 3"),
     "keys": ('{"version": 1, "keys": "x", "sites": []}', "has `keys` = 'x'"),
     "deep": ("[" * 100_000, "(nests too deeply|is not JSON)"),
 }

@@ -50,7 +50,7 @@ def adapted():
             config = {"rank": 4, "alpha": 7, "init": False} | config
             whole = lj.LoraConfig(twins.RULES if rules is None else rules, **config)
             plan = lj.plan(whole, params, fn=model.apply, args=(twins.IDS,))
-            made[key] = plan, twins.draw(plan)
+            made[key] = plan, twins.draw(plan, params)
         return made[key]
 
     return make

@@ -1,0 +1,204 @@
+"""An adapted leaf's arrays, and the tensors of each of its sites.
+
+Files hold, for each site, PEFT's tensors
+
+    a          (*experts, rank, d_in)    the transpose of our `a`, input axes flattened
+    b          (*experts, d_out, rank)   the transpose of our `b`, output axes flattened
+    bias       (*experts, d_out)         of B
+    magnitude  (*experts, d_out)         DoRA's
+    whole      that of a layer           a leaf that was trained whole
+    rows       (rows, width)             chosen rows of a table
+
+at the site's true rank. An adapter holds, for each leaf, all layers of a stack in one
+array, padded with zeros to the largest rank.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .._errors import AdapterError, CheckpointError
+from ..adapters import KINDS, Fixed
+from ..planning import Site, Slot
+
+Tensors = dict[str, np.ndarray]
+
+
+def split(
+    slot: Slot, train: Mapping[str, Any], fixed: Fixed
+) -> Iterator[tuple[int, Site, Tensors]]:
+    """The sites of a leaf with their tensors.
+
+    Args:
+        slot: the leaf.
+        train: the arrays that an adapter trains there.
+        fixed: what it keeps beside them.
+
+    Yields:
+        The site's position in the slot, the site, and its tensors on the host.
+
+    Raises:
+        AdapterError: if the arrays are not those of the slot, or hold values beyond a
+            site's rank.
+    """
+    arrays = {name: host(array) for name, array in train.items()}
+    _check(slot, arrays, fixed)
+    held = _rows_of(slot)
+    for name, array in arrays.items():
+        arrays[name] = _layers_first(slot, name, array)
+    for i, site in enumerate(slot.sites):
+        if site is not None:
+            found = {name: array[held[i]] for name, array in arrays.items()}
+            yield i, site, _as_file(slot, site, found)
+
+
+def join(slot: Slot, tensors: Mapping[int, Tensors]) -> dict[str, jax.Array]:
+    """A leaf's arrays from the tensors of its sites.
+
+    Args:
+        slot: the leaf.
+        tensors: those of each site, by position in the slot; where a site is missing,
+            low-rank arrays are zero.
+
+    Returns:
+        The arrays that an adapter trains.
+    """
+    held, found = _rows_of(slot), {}
+    for name, shape in slot.shapes().items():
+        dtype = next(iter(tensors.values()))[name].dtype
+        axes = _stacked_axes(slot, name)
+        layers = [shape[axis] for axis in axes]
+        rest = [n for axis, n in enumerate(shape) if axis not in axes]
+        whole = np.zeros((math.prod(layers), *rest), dtype)
+        for i, site in tensors.items():
+            _put(slot, name, whole[held[i]], site[name])
+        whole = np.moveaxis(whole.reshape(*layers, *rest), range(len(axes)), axes)
+        found[name] = jnp.asarray(whole)
+    return found
+
+
+def shapes(slot: Slot, rank: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of a site of this rank."""
+    found = {}
+    d_in, d_out = math.prod(slot.inputs), math.prod(slot.outputs)
+    for name in (*KINDS[slot.role.kind].train, *["bias"] * slot.bias):
+        match name:
+            case "a":
+                found[name] = (*slot.experts, rank, d_in)
+            case "b":
+                found[name] = (*slot.experts, d_out, rank)
+            case "bias" | "magnitude":
+                found[name] = (*slot.experts, d_out)
+            case "rows":
+                found[name] = (len(slot.ids), d_out)
+            case "whole":
+                found[name] = slot.outputs
+    return found
+
+
+def host(array: Any) -> np.ndarray:
+    """An array on the host.
+
+    Raises:
+        CheckpointError: if parts of it are on devices of other processes.
+    """
+    if not getattr(array, "is_fully_addressable", True):
+        raise CheckpointError(
+            "The adapter is spread over several processes, and each sees a part of it. "
+            "Gather it first, e.g. with "
+            "`jax.experimental.multihost_utils.process_allgather`."
+        )
+    return np.asarray(array)
+
+
+def _stacked_axes(slot: Slot, name: str) -> tuple[int, ...]:
+    """The axes of an array that count layers: those of the leaf in a copy of it."""
+    role = slot.role
+    return role.stacked if name == "whole" else tuple(range(role.stack))
+
+
+def _rows_of(slot: Slot) -> dict[int, int]:
+    """Where each site is among the layers of its leaf's arrays.
+
+    Low-rank arrays hold all layers, copies of the leaf those that are trained.
+    """
+    if slot.role.kind == "whole":
+        return {i: row for row, i in enumerate(slot.adapted)}
+    return {i: i for i in range(len(slot.sites))}
+
+
+def _layers_first(slot: Slot, name: str, array: np.ndarray) -> np.ndarray:
+    axes = _stacked_axes(slot, name)
+    array = np.moveaxis(array, axes, range(len(axes)))
+    return array.reshape(math.prod(array.shape[: len(axes)]), *array.shape[len(axes) :])
+
+
+def _as_file(slot: Slot, site: Site, arrays: Tensors) -> Tensors:
+    """One layer's arrays as its tensors."""
+    if slot.role.kind == "whole":
+        return {"whole": np.ascontiguousarray(arrays["whole"])}
+    if slot.role.kind == "rows":
+        return {"rows": arrays["rows"].reshape(len(slot.ids), -1)}
+    padded, experts = arrays["a"].shape[-1], slot.experts
+    a = arrays["a"].reshape(*experts, math.prod(slot.inputs), padded)
+    b = arrays["b"].reshape(*experts, padded, math.prod(slot.outputs))
+    if a[..., site.rank :].any() and b[..., site.rank :, :].any():
+        raise AdapterError(
+            f"{site.path!r} has rank {site.rank}, and its arrays are not zero beyond "
+            "it, so the file would hold another adapter. Take the arrays as `init` or "
+            "`load_adapter` laid them out."
+        )
+    found = {
+        "a": np.ascontiguousarray(np.swapaxes(a[..., : site.rank], -1, -2)),
+        "b": np.ascontiguousarray(np.swapaxes(b[..., : site.rank, :], -1, -2)),
+    }
+    for name in arrays.keys() - found.keys():
+        found[name] = arrays[name].reshape(*experts, -1)
+    return found
+
+
+def _put(slot: Slot, name: str, layer: np.ndarray, tensor: np.ndarray) -> None:
+    """Writes a site's tensor into its layer of an array."""
+    match name:
+        case "a":
+            tensor = np.swapaxes(tensor, -1, -2)  # (*experts, d_in, rank)
+            shape = (*layer.shape[:-1], tensor.shape[-1])
+            layer[..., : tensor.shape[-1]] = tensor.reshape(shape)
+        case "b":
+            rank, at = tensor.shape[-1], len(slot.experts)
+            tensor = np.swapaxes(tensor, -1, -2)  # (*experts, rank, d_out)
+            shape = (*layer.shape[:at], rank, *layer.shape[at + 1 :])
+            layer[(slice(None),) * at + (slice(rank),)] = tensor.reshape(shape)
+        case _:
+            layer[...] = tensor.reshape(layer.shape)
+
+
+def _check(slot: Slot, arrays: Tensors, fixed: Fixed) -> None:
+    wanted, true = slot.shapes(), [0 if s is None else s.rank for s in slot.sites]
+    found = {name: array.shape for name, array in arrays.items()}
+    for name in ("a", "b"):  # any padding serves, as long as the two agree
+        if name in wanted and name in found and found["a"]:
+            at = -1 if name == "a" else slot.role.stack + len(slot.experts)
+            sizes = list(wanted[name])
+            sizes[at] = found["a"][-1]
+            wanted[name] = tuple(sizes)
+    ranks = host(fixed["rank"]).reshape(-1).tolist() if "rank" in fixed else true
+    ids = tuple(host(fixed["ids"]).tolist()) if "ids" in fixed else slot.ids
+    held = tuple(host(fixed["layers"]).tolist()) if "layers" in fixed else slot.adapted
+    if (found, ranks, ids, held) != (wanted, true, slot.ids, slot.adapted):
+        # No sets of layers where arrays hold all of them.
+        raise AdapterError(
+            f"The adapter's arrays of {slot.name!r} are not those of the plan.\n"
+            f"  plan     {_shown(slot.shapes())}, ranks { {*true} }\n"
+            f"  adapter  {_shown(found)}, ranks { {*ranks} }\n"
+            "Give `save_adapter` the plan that the adapter was made with; for a "
+            "loaded adapter it is `receipt.plan`."
+        )
+
+
+def _shown(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    return ", ".join(f"{name} {shape}" for name, shape in shapes.items())

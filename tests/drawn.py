@@ -1,0 +1,69 @@
+"""Adapters with random arrays: the same for a stacked tree and for an unrolled one."""
+
+import jax.numpy as jnp
+import numpy as np
+
+import lorax_jax as lj
+from lorax_jax import _paths
+from lorax_jax.adapters import Fixed, base_norm
+
+
+def drawn(plan, params=None, size=0.3):
+    """An adapter of a plan with every array drawn, without a compilation.
+
+    `params` is needed for DoRA alone, whose norms are the base's.
+    """
+    leaves = dict(_paths.flatten(params)[0]) if params is not None else {}
+    train, fixed = {}, {}
+    for slot in plan.slots:
+        arrays = {name: np.zeros(shape) for name, shape in slot.shapes().items()}
+        for i, site in enumerate(slot.sites):
+            if site is not None:
+                _fill(slot, site, i, arrays, size)
+        train[slot.name] = {n: jnp.asarray(x, jnp.float32) for n, x in arrays.items()}
+        values = _fixed(slot)
+        if slot.role.kind == "dora":
+            values["norm"] = base_norm(leaves[slot.role.path], slot.role)
+        fixed[slot.name] = Fixed(slot.role, values)
+    return lj.Adapter(train, fixed)
+
+
+def _fill(slot, site, i, arrays, size):
+    draw = np.random.default_rng([ord(c) for c in site.path])
+    at = np.unravel_index(i, slot.layers) if slot.layers else ()
+    if slot.role.kind == "whole":
+        whole, axes = arrays["whole"], slot.role.stacked
+        whole = np.moveaxis(whole, axes, range(len(axes)))
+        if len(slot.adapted) < len(slot.sites):
+            at = (slot.adapted.index(i),)
+        whole[at] = draw.normal(0.2, size, whole[at].shape)
+    elif slot.role.kind == "rows":
+        arrays["rows"][...] = draw.normal(0, size, arrays["rows"].shape)
+    else:
+        a, b = (*slot.inputs, site.rank), (site.rank, *slot.outputs)
+        arrays["a"][at][..., : site.rank] = draw.normal(0, size, a)
+        arrays["b"][at][: site.rank] = draw.normal(0, size, b)
+        if "bias" in arrays:
+            arrays["bias"][at] = draw.normal(0, size, slot.outputs)
+        if "magnitude" in arrays:
+            arrays["magnitude"][at] = draw.uniform(0.5, 1.5, slot.outputs)
+
+
+def _fixed(slot):
+    if slot.role.kind == "rows":
+        return {"ids": jnp.asarray(slot.ids, jnp.int32)}
+    if slot.role.kind == "whole":
+        some = len(slot.adapted) < len(slot.sites)
+        return {"layers": jnp.asarray(slot.adapted, jnp.int32)} if some else {}
+
+    def over_layers(name, dtype):
+        values = [getattr(site, name) if site else 0 for site in slot.sites]
+        return jnp.asarray(values, dtype).reshape(slot.layers)
+
+    values = {
+        "scale": over_layers("scale", jnp.float32),
+        "rank": over_layers("rank", jnp.int32),
+    }
+    if any(site is not None and site.dropout for site in slot.sites):
+        values["dropout"] = over_layers("dropout", jnp.float32)
+    return values
