@@ -176,8 +176,8 @@ class LoraConfig:
             names: the model's name table, a `NameMap` or its entries.
 
         Raises:
-            ConfigError: if it asks for more than LoRA, naming each such field, or if a
-                target or pattern takes no module of `names`.
+            ConfigError: if it asks for what is not known here, naming each such field,
+                or if a target or pattern takes no module of `names`.
             CheckpointError: if the folder holds no readable `adapter_config.json`.
 
         Example:

@@ -92,15 +92,16 @@ def saved_by(name: str, tensor: str) -> bool:
 def token_rows(
     config: Mapping[str, Any], what: str
 ) -> dict[str | None, tuple[int, ...]]:
-    """`trainable_token_indices`: rows, ascending, by the ending of a module's name.
+    """`trainable_token_indices`: rows by the ending of a module's name.
 
-    A list is about the input embedding, whatever it is called: its key is `None`.
+    They come in the order that the file's tensor has them in. A list is about the input
+    embedding, whatever it is called: its key is `None`.
 
     Raises:
         CheckpointError: if the field is neither.
 
     >>> token_rows({"trainable_token_indices": [5, 2]}, "it")
-    {None: (2, 5)}
+    {None: (5, 2)}
     """
     found = config.get("trainable_token_indices") or {}
     by_name = found if isinstance(found, Mapping) else {None: found}
@@ -116,7 +117,7 @@ def token_rows(
                 f"{what} has `trainable_token_indices` = {found!r:.80}, which names a "
                 "row twice."
             )
-    return {name: tuple(sorted(ids)) for name, ids in by_name.items() if ids}
+    return {name: tuple(ids) for name, ids in by_name.items() if ids}
 
 
 def rows_by_module(

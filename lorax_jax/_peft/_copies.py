@@ -130,9 +130,7 @@ def _modules(copies: Mapping[str, str], tensors: Iterable[Module]) -> list[str]:
                 f"PEFT trains modules whole, and of {module!r} only a part is: "
                 f"{shorten(lacking)} is not. Name all of its leaves in `whole`."
             )
-    others = [
-        module for module in modules if module not in copies and module not in chosen
-    ]
+    others = [module for module in modules if module not in chosen]
     short = short_targets(chosen, others)
     for names in (short, chosen):
         taken = Whole({"modules_to_save": names}, "")

@@ -251,7 +251,7 @@ class Loading:
     def _is_planned_kind(self, place: Placed) -> bool:
         """Whether a site is of the kind that the plan says."""
         site, slot, _ = place
-        found = site.kind, site.bias, site.ids
+        found = site.kind, site.bias, tuple(sorted(site.ids))
         planned = slot.role.kind, slot.bias, slot.ids
         if found == planned:
             return True
@@ -371,6 +371,8 @@ class Loading:
         self.nonfinite += bad
         if place.site.transposed:
             found["whole"] = found["whole"].T
+        if place.site.ids:
+            found["rows"] = found["rows"][np.argsort(place.site.ids)]
         return None if bad else found
 
     def _lines(self) -> tuple[str, ...]:

@@ -48,17 +48,19 @@ def peft_copies(
     """
     chosen = _peft.Whole(files.config, files.what)
     found: dict[str, str] = {}  # tensors by name, with the keys that they have
+    head, table = f"{names.head}.weight", names.tensor(names.tied or "")
+    ensured = _peft.flag(files.config, "ensure_weight_tying", files.what)
+    both = ensured and table is not None and chosen.saves(table)
     for key in files.tensors.entries:
         name = tensor_name(key.removeprefix(prefix))
-        if chosen(name, adapted):
+        if chosen(name, adapted) or (both and name == head):
             found[name] = key
     sites = []
-    head = f"{names.head}.weight"
     for name, key in found.items():
         path = names.path(name)
         if path is None and name == head and names.tied is not None:
             path = names.tied
-            if names.tensor(path) in found:
+            if table in found:
                 continue  # the head's copy of the table, or so it should be
         if path is None:
             continue

@@ -72,7 +72,8 @@ class FileSite:
         base: what `fingerprints` gives for the weight that it was trained on.
         kind: the kind of adapter. What is trained whole and rows have no rank: it is 0.
         bias: whether B has a bias.
-        ids: which rows of a table are trained.
+        ids: which rows of a table are trained, in the order of the tensor: ours are
+            ascending.
         transposed: whether the tensor of a leaf trained whole is its transpose.
         turned: where `part` is not said: our array is `(d_out, d_in)`. Not recorded.
     """

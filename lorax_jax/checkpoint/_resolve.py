@@ -161,7 +161,9 @@ def place_by_path(tree: Tree, sites: Iterable[FileSite]) -> dict[FileSite, Place
     for site, (place, role) in found.items():
         leaf = tree.leaves[place.leaf]
         shape = tuple(leaf.shape)
-        new = Slot(role, shape, leaf.dtype, (), bias=site.bias, ids=site.ids)
+        new = Slot(
+            role, shape, leaf.dtype, (), bias=site.bias, ids=tuple(sorted(site.ids))
+        )
         slot = slots.setdefault(role.name, new)
         if slot != new:
             raise CheckpointError(

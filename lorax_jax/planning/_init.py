@@ -31,7 +31,7 @@ def init(plan: Plan, params: Any, *, key: PRNGKeyArray) -> Adapter:
         PlanError: if `params` is not the tree of the plan.
 
     Example:
-        >>> import lorax_jax as lj
+        >>> import jax, jax.numpy as jnp, lorax_jax as lj
         >>> params = {"w": jnp.ones((3, 2))}
         >>> fn = lambda params, x: x @ params["w"]
         >>> plan = lj.plan(lj.LoraConfig("w", rank=1), params, fn, (jnp.ones(3),))
