@@ -302,3 +302,37 @@ def test_heads_that_come_with_a_task(task):
     assert json.loads(json.dumps(found.to_peft(names)))["modules_to_save"] == [
         HEADS[task]
     ]
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_dropout_with_their_mask(twin, tmp_path, monkeypatch, dora):
+    """The same mask on both sides: what is dropped, and in which part of the formula."""
+    import torch
+
+    pair = twin("llama")
+    theirs = peft_model(pair, use_dora=dora, lora_dropout=0.25).train()
+    theirs.save_pretrained(tmp_path)
+    masks = {}
+
+    def mask_of(key, keep, shape):
+        assert abs(float(keep) - 0.75) < 1e-6
+        draw = np.random.default_rng(shape[-1])
+        return masks.setdefault(shape, draw.random(shape) < 0.75)
+
+    class Fixed(torch.nn.Dropout):
+        def forward(self, x):
+            mask = mask_of(None, 0.75, tuple(x.shape))
+            return torch.where(torch.tensor(mask), x / 0.75, torch.zeros(()))
+
+    for module in theirs.modules():
+        if hasattr(module, "lora_dropout") and module.lora_dropout:
+            module.lora_dropout["default"] = Fixed()
+    monkeypatch.setattr(jax.random, "bernoulli", mask_of)
+    model, params = pair.ours()
+    adapter, _ = lj.load_adapter(tmp_path, params, names=model.names)
+    bound = lj.bind(params, adapter, key=jax.random.key(0))
+    ours = np.asarray(lj.adapt(model.apply)(bound, twins.IDS))
+    assert {shape[-1] for shape in masks} == {32, 48}
+    wanted = twins.their_logits(theirs)
+    assert np.abs(ours - wanted).max() <= TOLERANCE
+    assert np.abs(ours - twins.logits(model, params, adapter)).max() > 0.01  # it drops
