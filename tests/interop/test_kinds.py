@@ -306,7 +306,7 @@ def test_heads_that_come_with_a_task(task):
 
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 def test_dropout_with_their_mask(twin, tmp_path, monkeypatch, dora):
-    """The same mask on both sides: what is dropped, and in which part of the formula."""
+    """The same mask on both sides: what it drops, and in which part of the formula."""
     import torch
 
     pair = twin("llama")
