@@ -57,6 +57,11 @@ def beside(
                     f"{leaf.path!r} is trained whole, and `token_rows` names rows of "
                     "it too. Leave one of the two out."
                 )
+            if any(slot.ids and slot.role.path == leaf.path for slot in out):
+                raise PlanError(
+                    f"Two entries of `token_rows` name rows of {leaf.path!r}. Name the "
+                    "table once, with all of its rows."
+                )
             out.append(_rows(leaf, ids, pattern, dtypes))
     return out
 

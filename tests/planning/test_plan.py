@@ -352,6 +352,14 @@ def test_one_leaf_of_two_stacked_axes():
         ({"layers": [-1]}, "layer indices are integers"),
         ({"dtype": jnp.int8}, "cannot hold trainable factors"),
         ({"tie": "both"}, "`tie` = 'both'"),
+        ({"bias": "some"}, "`bias` = 'some'; one of 'none', 'all', 'lora_only'"),
+        ({"whole": "*"}, "`whole` holds"),
+        ({"token_rows": {"*": [1]}}, "`token_rows` holds"),
+        ({"token_rows": [-1]}, "`token_rows` holds -1"),
+        ({"token_rows": ["a"]}, "`token_rows` holds 'a'"),
+        ({"token_rows": "12"}, "`token_rows` holds '12'"),
+        ({"token_rows": [True]}, "`token_rows` holds True"),
+        ({"token_rows": [3, 3]}, "names a row twice"),
     ],
 )
 def test_configurations_that_cannot_be(kwargs, match):
