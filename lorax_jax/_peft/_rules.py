@@ -111,6 +111,11 @@ def _tied(
             "weight. Set `ensure_weight_tying` to true for one adapter of both, or "
             "name one of them."
         )
+    if shared and config.get("use_dora"):
+        raise ConfigError(
+            f"{_WHAT} has one adapter for {table!r} and {names.head!r}, and by "
+            "`use_dora` magnitudes for each. Leave one of the two out of the targets."
+        )
     tie = "shared" if shared else "lookup" if lookup else "head"
     module = table if tie != "head" else names.head
     return {re.escape(names.tied): {"tie": tie, **_overrides(ranks, module or "")}}

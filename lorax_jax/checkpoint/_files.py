@@ -50,9 +50,9 @@ class AdapterFiles(NamedTuple):
 def open_adapter(folder: str | os.PathLike) -> Iterator[AdapterFiles]:
     """Opens an adapter's folder.
 
-    Nothing in it is executed and no path in it is followed. The configuration must be
-    one of plain LoRA, and if the file of tensors has metadata of ours, the two must
-    agree about every rank and scale.
+    Nothing in it is executed and no path in it is followed. The configuration must ask
+    for nothing that is not known, and if the file of tensors has metadata of ours, the
+    two must agree about every rank, scale and kind.
 
     Args:
         folder: holds `adapter_model.safetensors`, and `adapter_config.json` unless the

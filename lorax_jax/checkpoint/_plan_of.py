@@ -72,6 +72,13 @@ def plan_of(
         )
         for name, slot in sorted(slots.items(), key=lambda item: order(item[0]))
     ]
+    for slot in whole:
+        if slot.role.stack > 1 and slot.role.kind == "whole" and None in slot.sites:
+            raise CheckpointError(
+                f"The file holds {slot.role.path!r} whole for some of its layers, "
+                "which are stacks within stacks here. Unroll one of the two, or train "
+                "all of its layers."
+            )
     counts = collections.Counter(
         site.rule for slot in whole for site in slot.sites if site
     )

@@ -332,6 +332,23 @@ CHANGES = {
     "stack": (sites({"part.stack": [0, 0]}), "has shape and axes"),
     "far stack": (sites({"part.stack": [7]}), "has shape and axes"),
     "base": (sites({"base": "zz"}), "is not the weight that"),
+    "kind": (sites({"kind": "vera"}), "has `kind` = 'vera'"),
+    "a kind with rank": (sites({"kind": "whole"}), "has rank, scale and dropout"),
+    "another kind": (sites({"kind": "dora"}), "missing .*lora_magnitude_vector"),
+    "a bias of DoRA's": (sites({"kind": "dora", "bias": True}), "has a bias of B in"),
+    "another bias": (sites({"bias": True}), "missing .*lora_B.bias"),
+    "axes of a copy": (sites({"kind": "whole", "rank": 0}), "has shape and axes"),
+    "no ids": (sites({"kind": "rows", "rank": 0}), "has `ids` = None"),
+    "empty ids": (sites({"kind": "rows", "rank": 0, "ids": []}), "has `ids` = "),
+    "unsorted ids": (
+        sites({"kind": "rows", "rank": 0, "ids": [2, 1]}),
+        r"has `ids` = \(2, 1\)",
+    ),
+    "rows of a stack": (
+        sites({"kind": "rows", "rank": 0, "ids": [1], "part.stack": [0]}),
+        "has shape and axes",
+    ),
+    "biases": (lambda record: record.update(bias="some"), "has `bias` = 'some'"),
     "sites": (lambda record: record.update(sites={}), "has `sites`"),
 }
 

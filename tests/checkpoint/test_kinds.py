@@ -1,6 +1,5 @@
 """Files of adapters that are more than plain LoRA."""
 
-import dataclasses
 import json
 
 import jax
@@ -536,4 +535,64 @@ def test_dora_is_unmoved_where_a_layer_is_left_out(made_of):
     one = lj.merge(made.params, made.adapter)
     other = lj.merge(made.params, made.adapter._replace(train=moved))
     assert jax.tree.all(jax.tree.map(np.array_equal, one, other))
-    assert dataclasses.is_dataclass(slot)
+
+
+def test_some_layers_of_stacks_within_stacks(tmp_path):
+    leaf = {"w": jnp.ones((3, 3)), "b": jnp.ones(3)}
+    params = {str(i): {str(j): leaf for j in range(2)} for i in range(2)}
+
+    def fn(params, x):
+        for layers in params.values():
+            for layer in layers.values():
+                x = x @ layer["w"] + layer["b"]
+        return x
+
+    config = lj.LoraConfig(".*/w", rank=1, whole="0/1/b")
+    plan = lj.plan(config, params, fn=fn, args=(jnp.ones(3),))
+    lj.save_adapter(tmp_path, drawn(plan), plan=plan)
+    stacked = jax.tree.map(lambda x: jnp.ones((2, 2, *x.shape)), leaf)
+    with pytest.raises(
+        CheckpointError, match="whole for some of its layers, which are"
+    ):
+        lj.load_adapter(tmp_path, stacked)
+
+
+def test_dora_of_a_table_whose_head_gets_its_own(make, base_folder, tmp_path):
+    shared = make("tied", rules={"embed.*": {"tie": "shared"}} | RULES, dora=True)
+    head = make("tied", rules={"embed.*": {"tie": "head"}} | RULES)
+    with pytest.raises(AdapterError, match="DoRA for the lookup and the head, and by"):
+        lj.export_merged(
+            base_folder(shared),
+            [shared.adapter, head.adapter],
+            tmp_path / "out",
+            names=shared.names,
+        )
+    done = lj.export_merged(
+        base_folder(shared), shared.adapter, tmp_path / "out", names=shared.names
+    )
+    assert not done.untied
+
+
+def test_whole_kernels_of_more_axes_are_not_exported(make, base_folder, tmp_path):
+    from lorax_jax.adapters import Role
+
+    made = make("llama")
+    path = "layers/0/self_attn/q_proj/kernel"
+    role = Role(path, (), (0, 1, 2), kind="whole")
+    adapter = lj.Adapter(
+        {path: {"whole": jnp.ones((16, 4, 4))}}, {path: Fixed(role, {})}
+    )
+    with pytest.raises(AdapterError, match="how its axes make a matrix is not known"):
+        lj.export_merged(base_folder(made), adapter, tmp_path / "out", names=made.names)
+
+
+def test_factors_alone_make_an_adapter(made_of, peft_made, tmp_path):
+    made = made_of("head and norm")
+
+    def change(tensors):
+        for key in [key for key in tensors if ".lora_" in key]:
+            del tensors[key]
+
+    folder = peft_made(made.save(tmp_path / "a"), tmp_path / "b", change)
+    with pytest.raises(CheckpointError, match="No factors of .* fit the parameters"):
+        lj.load_adapter(folder, made.params, names=made.names, strict=False)

@@ -259,14 +259,9 @@ def test_square_kernels_beside_a_head(twin, tmp_path):
     assert np.abs(twins.their_logits(merged) - wanted).max() <= TOLERANCE
 
 
-# --- What is more than LoRA -----------------------------------------------------------
+# --- What is not known here -----------------------------------------------------------
 
 REFUSED = {
-    "use_dora": {"use_dora": True},
-    "lora_bias": {"lora_bias": True},
-    "bias": {"bias": "lora_only"},
-    "modules_to_save": {"modules_to_save": ["lm_head"]},
-    "trainable_token_indices": {"trainable_token_indices": [1, 2]},
     "layer_replication": {"layer_replication": [[0, 2], [1, 3]]},
     "alora_invocation_tokens": {"alora_invocation_tokens": [5]},
     "init_lora_weights": {"init_lora_weights": "pissa"},
