@@ -178,6 +178,8 @@ def _own_names(files: AdapterFiles, base: BaseFolder) -> NameMap:
                 tables.add(parsed.module)
     first = _left_out(shapes, base)
     copies = {tensor_name(key.removeprefix(prefix)) for key in entries}
+    # Beside factors it is the base's own weight that PEFT wrote, not one it trained.
+    copies -= {f"{module}{_WEIGHT}" for module in shapes}
     fits: dict[str, set[Layout]] = {}
     for tensor in base:
         if tensor == HEAD and base.tied:
