@@ -596,3 +596,40 @@ def test_factors_alone_make_an_adapter(made_of, peft_made, tmp_path):
     folder = peft_made(made.save(tmp_path / "a"), tmp_path / "b", change)
     with pytest.raises(CheckpointError, match="No factors of .* fit the parameters"):
         lj.load_adapter(folder, made.params, names=made.names, strict=False)
+
+
+@pytest.mark.parametrize(
+    "case", ["dora", "dora gpt2", "both biases of B", "everything"]
+)
+def test_exported_in_sixteen_bits(make, base_folder, tmp_path, case):
+    """One rounding, that of `merge`; blocks and gains included."""
+    from lorax_jax import models
+
+    extra = {"both biases of B": ("gpt2", RULES, {"bias": "all", "lora_bias": True})}
+    family, rules, config = (CASES | extra)[case]
+    made = make(family, rules=rules, dtype="bfloat16", **config)
+    merged = lj.merge(made.params, made.adapter)
+    wanted = models.to_hf(made.model, merged)
+    lj.export_merged(
+        base_folder(made), made.adapter, tmp_path / "out", names=made.names
+    )
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert [k for k in wanted if not np.array_equal(found[k], wanted[k])] == []
+
+
+@pytest.mark.parametrize("case", ["dora", "dora table", "rows", "rows of a head"])
+def test_exported_in_blocks(made_of, base_folder, tmp_path, monkeypatch, case):
+    """Blocks share the gains of whole columns, and each has its own rows."""
+    from lorax_jax import models
+    from lorax_jax.checkpoint import _stream
+
+    monkeypatch.setattr(_stream, "_WHOLE", 1)
+    monkeypatch.setattr(_stream, "_FEWEST_ROWS", 6)
+    made = made_of(case)
+    lj.export_merged(
+        base_folder(made), made.adapter, tmp_path / "out", names=made.names
+    )
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    wanted = models.to_hf(made.model, lj.merge(made.params, made.adapter))
+    for key in wanted:  # so small blocks may differ in their last bits
+        np.testing.assert_allclose(found[key], wanted[key], rtol=1e-6, atol=1e-7)
