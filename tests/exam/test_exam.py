@@ -144,7 +144,8 @@ def _weight_shapes(case):
     outs = jax.eval_shape(case.fn, case.plain, case.x)
     taken = {leaf.shape for leaf in jax.tree.leaves(outs)} | {case.x.shape}
     shape = case.layout.weight
-    return {shape, shape[1:], shape[::-1]} - taken
+    shapes = {shape, shape[1:], shape[::-1]} - taken
+    return {shape for shape in shapes if len(shape) > 1}  # vectors are no matrices
 
 
 @exam
