@@ -1,8 +1,10 @@
 """`gather`: the lookup of an embedding, or the choice of a part of a weight."""
 
 import functools
+import math
 
 import jax.numpy as jnp
+from jax.lax import GatherScatterMode
 
 from ...adapters import Adapted
 from ...structure import Along, Group, Reshape, Take, Unstructured
@@ -52,7 +54,11 @@ def _gather(run, eqn, values):
         base = _jaxpr.bind(eqn, [weight.base, indices])[0]
     if weight.looks_up(rows.axis):
         return [weight.take(base, rows)]
-    choose = Along(rows.axis, functools.partial(_rows, rows=rows))
+    # By default NaN is filled in, which nothing that is added can change.
+    fill = eqn.params["fill_value"]
+    fills = rows.mode == GatherScatterMode.FILL_OR_DROP
+    fills = fills and not (fill is None or math.isnan(fill))
+    choose = Along(rows.axis, functools.partial(_rows, rows=rows), fills)
     ids = jnp.ndim(indices) - 1
     if ids == 0:  # one index, and the axis is gone
         kept = [i for i in range(weight.ndim) if i != rows.axis]
