@@ -239,7 +239,7 @@ def test_no_gradient_of_the_base_exists(key):
 
 
 def test_filled_rows_stay_as_filled(key):
-    """Ids out of range along an axis that no factor holds: nothing can be zero there."""
+    """Ids out of range along an axis that no factor holds: none can be zero there."""
     params = {"w": jax.random.normal(key, (4, 5))}
 
     def fn(params, x):
