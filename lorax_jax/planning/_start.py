@@ -147,14 +147,11 @@ def _draw(slot: Slot, key: PRNGKeyArray, dtype: Any) -> dict[str, jax.Array]:
 
 
 def _initializer(slot: Slot, method: Any) -> Callable[..., initializers.Start]:
+    start = initializers.get(method)
     if not slot.role.lookup:
-        return initializers.get(method)
-
-    def table(weight, **kwargs):
-        zero = method is not False and method != "random"
-        return initializers.embedding(weight, zero=zero, **kwargs)
-
-    return table
+        return start
+    zero = start is not initializers.random
+    return functools.partial(initializers.embedding, zero=zero)
 
 
 def _site_key(key: PRNGKeyArray, site: Site | None, slot: Slot) -> PRNGKeyArray:

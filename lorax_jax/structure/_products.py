@@ -94,9 +94,9 @@ def cost(
     wanted: Sequence[OperandLabel],
 ) -> int:
     """Multiply-adds of `(x . first) . second`."""
-    keep = set(second) | set(wanted)
     step = set(x_labels) | set(first)
-    left = {x for x in step if x in keep}
+    # An axis of `x` that neither factor holds stays until `arrange` sums it.
+    summed = set(x_labels) & set(first) - set(second) - set(wanted)
     return math.prod(sizes[x] for x in step) + math.prod(
-        sizes[x] for x in left | set(second)
+        sizes[x] for x in step - summed | set(second)
     )

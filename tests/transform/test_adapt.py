@@ -236,3 +236,18 @@ def test_no_gradient_of_the_base_exists(key):
         ]
         # Slices and transposes of the base itself, and calls that hand it on.
         assert set(made) <= {"transpose", "dynamic_slice", "slice", "squeeze", "jit"}
+
+
+def test_filled_rows_stay_as_filled(key):
+    """Ids out of range along an axis that no factor holds: none can be zero there."""
+    params = {"w": jax.random.normal(key, (4, 5))}
+
+    def fn(params, x):
+        many = jnp.broadcast_to(params["w"], (3, 4, 5))
+        ids = jnp.array([0, 7])
+        some = jnp.take(many, ids, axis=0, mode="fill", fill_value=0.0)
+        return jnp.einsum("bd,ndf->bnf", x, some)
+
+    bound = lj.bind(params, random_adapter(key, params, [Role("w", (0,), (1,))]))
+    with pytest.raises(TransformError, match="padded axis is one that no factor runs"):
+        lj.adapt(fn)(bound, jnp.ones((2, 4)))

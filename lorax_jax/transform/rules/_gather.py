@@ -1,8 +1,10 @@
 """`gather`: the lookup of an embedding, or the choice of a part of a weight."""
 
 import functools
+import math
 
 import jax.numpy as jnp
+from jax.lax import GatherScatterMode
 
 from ...adapters import Adapted
 from ...structure import Along, Group, Reshape, Take, Unstructured
@@ -53,7 +55,12 @@ def _gather(run, eqn, values):
     if weight.looks_up(rows.axis):
         return [weight.consume(indices, rows, lookup)]
     base = None if weight.is_packed else lookup(indices)
-    choose = Along(rows.axis, functools.partial(_rows, rows=rows, indices=indices))
+    # By default NaN is filled in, which nothing that is added can change.
+    fill = eqn.params["fill_value"]
+    fills = rows.mode == GatherScatterMode.FILL_OR_DROP
+    fills = fills and not (fill is None or math.isnan(fill))
+    map = functools.partial(_rows, rows=rows, indices=indices)
+    choose = Along(rows.axis, map, fills)
     ids = jnp.ndim(indices) - 1
     if ids == 0:  # one index, and the axis is gone
         kept = [i for i in range(weight.ndim) if i != rows.axis]
