@@ -9,6 +9,7 @@ from ._dora import Dora as Dora
 from ._dora import column_norm as column_norm
 from ._kind import KINDS as KINDS
 from ._lora import LowRank as LowRank
+from ._random import as_key as as_key
 from ._random import dropout_keys as dropout_keys
 from ._random import stable_hash as stable_hash
 from ._role import Adapter as Adapter

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from .._errors import AdapterError, CheckpointError
 from ..adapters import Fixed
@@ -100,8 +101,14 @@ def host(array: Any) -> np.ndarray:
     """An array on the host.
 
     Raises:
-        CheckpointError: if parts of it are on devices of other processes.
+        CheckpointError: if parts of it are on devices of other processes, or if it has
+            no value yet.
     """
+    if isinstance(array, Tracer):
+        raise CheckpointError(
+            "The adapter is being traced, and has no values that could be written. "
+            "Save it outside of `jit`."
+        )
     if not getattr(array, "is_fully_addressable", True):
         raise CheckpointError(
             "The adapter is spread over several processes, and each sees a part of it. "
