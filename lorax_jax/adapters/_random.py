@@ -36,6 +36,7 @@ def as_key(key: Any, where: str) -> jax.Array:
         return key
     if dtype == jnp.uint32 and shape is not None and len(shape) == 1:
         return jax.random.wrap_key_data(key)
+    found = f"{key!r:.60}" if dtype is None else f"an array {dtype}{list(shape or ())}"
     raise AdapterError(
-        f"{where} is {key!r:.60}; one PRNG key is meant, as `jax.random.key(0)` gives."
+        f"{where} is {found}; one PRNG key is meant, as `jax.random.key(0)` gives."
     )
