@@ -4,69 +4,17 @@ A value of the walk is either a weight, as the `Probes` that say what each of it
 was in the parameter, or a plain array, as the `Flow` that it depends on.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 from .. import _paths
-from ..structure import AxisOp, Broadcast, Reshape, Scale, Transpose, Unstructured
+from ..structure import Scale, Unstructured
 from . import _jaxpr
 from ._consumers import INPUT, AxisRole, Consumer, Flow, Leaf
+from ._probe import Probe, Probes, is_weight
 from ._registry import RULES, Operand
+from ._walk_inner import INNER
 from .rules import _dot_general, _gather
-
-
-@dataclasses.dataclass(frozen=True)
-class Probe:
-    """What a leaf has become after some structure-only operations.
-
-    Attributes:
-        leaf: the leaf's path.
-        axes: for each axis of the value, the leaf's axes that it is made of.
-        chosen: leaf's axes of which constant indices have chosen entries: positions
-            looked up in a table, or a permutation of what a product will consume.
-    """
-
-    leaf: str
-    axes: tuple[frozenset[int], ...]
-    chosen: frozenset[int] = frozenset()
-
-    def apply(self, op: AxisOp) -> "Probe":
-        """What the leaf becomes under one more operation."""
-        axes = self.axes
-        match op:
-            case Transpose(permutation):
-                axes = tuple(axes[i] for i in permutation)
-            case Broadcast(positions, shape):
-                new = [frozenset()] * len(shape)
-                for old, position in enumerate(positions):
-                    new[position] = axes[old]
-                axes = tuple(new)
-            case Reshape(groups):
-                count = 1 + max((i for g in groups for i in g.new), default=-1)
-                new = [frozenset()] * count
-                for group in groups:
-                    whole = frozenset().union(*(axes[i] for i in group.old))
-                    for i in group.new:
-                        new[i] = whole
-                axes = tuple(new)
-        return dataclasses.replace(self, axes=axes)
-
-    def pad(self, ndim: int) -> "Probe":
-        """The probe with as many axes as the value has; new ones come last."""
-        missing = (frozenset(),) * (ndim - len(self.axes))
-        return dataclasses.replace(self, axes=self.axes + missing)
-
-
-Probes = tuple[Probe, ...]
-
-
-def whole(leaf: Leaf) -> Probes:
-    return (Probe(leaf.path, tuple(frozenset([i]) for i in range(len(leaf.shape)))),)
-
-
-def _is_weight(value: Any) -> bool:
-    return isinstance(value, tuple)
 
 
 class Walk:
@@ -97,7 +45,7 @@ class Walk:
 
         for eqn in jaxpr.eqns:
             operands = [read(atom) for atom in eqn.invars]
-            if any(_is_weight(value) for value in operands):
+            if any(is_weight(value) for value in operands):
                 results = self.equation(eqn, operands, producer)
             else:
                 results = [frozenset().union(*operands)] * len(eqn.outvars)
@@ -107,7 +55,7 @@ class Walk:
     def equation(self, eqn: Any, operands: list[Any], producer: Any) -> list[Any]:
         before = self.source, self.calls
         self.source = _jaxpr.source(eqn) or self.source
-        if eqn.primitive.name in _INNER:
+        if eqn.primitive.name in INNER:
             self.calls = (*self.calls, id(eqn))
         try:
             return self._equation(eqn, operands, producer)
@@ -118,20 +66,20 @@ class Walk:
         name = eqn.primitive.name
         if name == "dot_general":
             return [self.product(eqn, operands)]
-        if name == "gather" and _is_weight(operands[0]):
+        if name == "gather" and is_weight(operands[0]):
             return [self.gather(eqn, *operands)]
         if name in ("device_put", "optimization_barrier"):
             return operands
         if name in ("concatenate", "stop_gradient"):
-            weights = [p for v in operands if _is_weight(v) for p in v]
+            weights = [p for v in operands if is_weight(v) for p in v]
             if name == "stop_gradient":
                 for probe in weights:
                     self.found[probe.leaf].stopped = True
             return [tuple(weights)]
-        if name in _INNER:
-            return getattr(self, _INNER[name])(eqn, operands)
+        if name in INNER:
+            return INNER[name](self, eqn, operands)
         rule = RULES.get(name)
-        at = [i for i, value in enumerate(operands) if _is_weight(value)]
+        at = [i for i, value in enumerate(operands) if is_weight(value)]
         if len(at) == 2 and name in ("mul", "div"):
             at = self.rescaled(eqn, operands)
         if rule is not None and rule.axes is not None and len(at) == 1:
@@ -210,7 +158,7 @@ class Walk:
     def product(self, eqn: Any, operands: list[Any]) -> Any:
         reached: set[tuple[str, Consumer]] = set()
         for at, value in enumerate(operands):
-            if not _is_weight(value):
+            if not is_weight(value):
                 continue
             dims = _dot_general.read(eqn, at)
             roles: dict[int, AxisRole] = {w: "in" for _, w in dims.contract}
@@ -271,7 +219,7 @@ class Walk:
 
     def result(self, value: Any) -> Flow:
         """What one result of the function depends on."""
-        if not _is_weight(value):
+        if not is_weight(value):
             return value
         chosen = [probe for probe in value if probe.chosen]
         return frozenset(self.looked_up(probe, "gather") for probe in chosen)
@@ -291,7 +239,7 @@ class Walk:
         name = eqn.primitive.name
         flow: Flow = frozenset()
         for value in operands:
-            if _is_weight(value):
+            if is_weight(value):
                 for probe in value:
                     if probe.chosen:
                         flow |= {self.looked_up(probe, name)}
@@ -301,54 +249,12 @@ class Walk:
                 flow |= value
         return [flow] * len(eqn.outvars)
 
-    # Control flow: the same walk inside.
-
-    def call(self, eqn: Any, operands: list[Any]) -> list[Any]:
-        params = eqn.params
-        name = next(n for n in ("jaxpr", "call_jaxpr", "fun_jaxpr") if n in params)
-        return self.inside(params[name], operands)
+    # What the walks inside an equation need of the whole: see `_walk_inner`.
 
     def inside(self, jaxpr: Any, operands: Sequence[Any]) -> list[Any]:
+        """The same walk through an inner jaxpr."""
         inner, consts = _jaxpr.closed(jaxpr)
         return self.jaxpr(inner, [frozenset()] * len(consts), operands)
-
-    def cond(self, eqn: Any, operands: list[Any]) -> list[Any]:
-        branches = [self.inside(b, operands[1:]) for b in eqn.params["branches"]]
-        return [self.join(values, "cond") for values in zip(*branches, strict=True)]
-
-    def while_loop(self, eqn: Any, operands: list[Any]) -> list[Any]:
-        n, m = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-        consts, carry = operands[n : n + m], operands[n + m :]
-        self.inside(eqn.params["cond_jaxpr"], [*operands[:n], *carry])
-        return self.repeat("while", eqn.params["body_jaxpr"], consts, carry, [])
-
-    def scan(self, eqn: Any, operands: list[Any]) -> list[Any]:
-        n, m = _jaxpr.scan_counts(eqn)
-        xs = [self.unstack(eqn, x) for x in operands[n + m :]]
-        consts, carry = operands[:n], operands[n : n + m]
-        return self.repeat("scan", eqn.params["jaxpr"], consts, carry, xs)
-
-    def unstack(self, eqn: Any, x: Any) -> Any:
-        if not _is_weight(x):
-            return x
-        for probe in x:
-            for axis in probe.axes[0]:
-                instance = ("scan", id(eqn), self.calls)
-                group = self.read_together.setdefault(instance, {})
-                group[probe.leaf] = axis
-        return tuple(dataclasses.replace(p, axes=p.axes[1:]) for p in x)
-
-    def repeat(
-        self, name: str, jaxpr: Any, consts: list, carry: list, xs: list
-    ) -> list[Any]:
-        """Walks a loop's body until what flows around the loop stays the same."""
-        while True:
-            outs = self.inside(jaxpr, [*consts, *carry, *xs])
-            pairs = zip(carry, outs[: len(carry)], strict=True)
-            joined = [self.join(pair, name) for pair in pairs]
-            if joined == carry:
-                return outs
-            carry = joined
 
     def join(self, values: Sequence[Any], primitive: str) -> Any:
         """What a value is if it may be any of these."""
@@ -357,7 +263,7 @@ class Walk:
             return first
         flow: Flow = frozenset()
         for value in values:
-            if _is_weight(value):  # a weight in one case only: no operand to follow
+            if is_weight(value):  # a weight in one case only: no operand to follow
                 for probe in value:
                     self.note(probe, self.used(primitive, "other"))
             else:
@@ -370,21 +276,3 @@ class Walk:
             depth = _paths.common_depth(list(group))
             for path, axis in group.items():
                 self.found[path].stacks.setdefault(axis, depth)
-
-
-_INNER = {
-    "jit": "call",
-    "pjit": "call",
-    "closed_call": "call",
-    "core_call": "call",
-    "remat2": "call",
-    "remat": "call",
-    "checkpoint": "call",
-    "custom_jvp_call": "call",
-    "custom_vjp_call": "call",
-    "custom_vjp_call_jaxpr": "call",
-    "shard_map": "call",
-    "cond": "cond",
-    "while": "while_loop",
-    "scan": "scan",
-}
