@@ -5,7 +5,17 @@ from typing import Literal
 
 import jax
 
-from ..structure import Along, AxisOp, Dot, Factor, Scale, Take, Unstructured, is_factor
+from ..structure import (
+    Along,
+    AxisOp,
+    Dot,
+    Factor,
+    Pick,
+    Scale,
+    Take,
+    Unstructured,
+    is_factor,
+)
 
 Use = Literal["lookup", "head"]
 
@@ -73,8 +83,11 @@ class Term(abc.ABC):
         """
         if isinstance(op, Scale):
             return self.rescale(op)
-        if isinstance(op, Along) and op.fills:
-            if not any(factor.holds(op.axis) for factor in self.factors()):
+        filled: tuple[int, ...] = ()
+        if isinstance(op, Along | Pick) and op.fills:
+            filled = (op.axis,) if isinstance(op, Along) else op.axes
+        for axis in filled:
+            if not any(factor.holds(axis) for factor in self.factors()):
                 raise Unstructured("a padded axis is one that no factor runs along")
         return jax.tree.map(lambda f: f.apply(op), self, is_leaf=is_factor)
 

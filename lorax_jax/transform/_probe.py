@@ -3,8 +3,8 @@
 import dataclasses
 from typing import Any
 
-from ..structure import AxisOp, Broadcast, Reshape, Transpose
-from ._consumers import Leaf
+from ..structure import AxisOp, Broadcast, Pick, Reshape, Transpose
+from ._consumers import Consumer, Leaf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,13 +14,18 @@ class Probe:
     Attributes:
         leaf: the leaf's path.
         axes: for each axis of the value, the leaf's axes that it is made of.
-        chosen: leaf's axes of which constant indices have chosen entries: positions
-            looked up in a table, or a permutation of what a product will consume.
+        chosen: leaf's axes of which indices have chosen entries: rows of a table, or
+            experts, or a permutation of what a product will consume. Which, only the
+            consumer tells.
+        routed: whether those indices depend on an input of the function.
+        rows: how the leaf is consumed if what was chosen are rows of a table.
     """
 
     leaf: str
     axes: tuple[frozenset[int], ...]
     chosen: frozenset[int] = frozenset()
+    routed: bool = False
+    rows: Consumer | None = None
 
     def apply(self, op: AxisOp) -> "Probe":
         """What the leaf becomes under one more operation."""
@@ -32,6 +37,15 @@ class Probe:
                 new = [frozenset()] * len(shape)
                 for old, position in enumerate(positions):
                     new[position] = axes[old]
+                axes = tuple(new)
+            case Pick(picked, _, ids, kept):
+                new = [frozenset()] * (
+                    1 + max((*ids, *(j for _, j in kept)), default=-1)
+                )
+                for i in ids:
+                    new[i] = frozenset().union(*(axes[axis] for axis in picked))
+                for i, j in kept:
+                    new[j] = axes[i]
                 axes = tuple(new)
             case Reshape(groups):
                 count = 1 + max((i for g in groups for i in g.new), default=-1)

@@ -4,17 +4,38 @@ A value of the walk is either a weight, as the `Probes` that say what each of it
 was in the parameter, or a plain array, as the `Flow` that it depends on.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 from .. import _paths
-from ..structure import Scale, Unstructured
+from ..structure import Dot, Scale, Unstructured
 from . import _jaxpr
 from ._consumers import INPUT, AxisRole, Consumer, Flow, Leaf
 from ._probe import Probe, Probes, is_weight
 from ._registry import RULES, Operand
 from ._walk_inner import INNER
 from .rules import _dot_general, _gather
+
+
+def _is_expert(probe: Probe, dims: Dot) -> bool:
+    """Whether a product may consume experts that indices have chosen.
+
+    A token's expert is a matrix: of the leaf's axes behind the indices some are summed
+    over and some are free. A row of a table is a vector. The axes of the indices run
+    in parallel or, as the second of `top_k`, are free; a sum over them is one of rows.
+    """
+    parallel = {axis for _, axis in dims.batch}
+    summed = {axis for _, axis in dims.contract}
+    has_in = has_out = False
+    for i, axes in enumerate(probe.axes):
+        if axes & probe.chosen:
+            if i in summed:
+                return False
+        elif axes:
+            has_in |= i in summed
+            has_out |= i not in summed and i not in parallel
+    return has_in and has_out
 
 
 class Walk:
@@ -71,6 +92,9 @@ class Walk:
         if name in ("device_put", "optimization_barrier"):
             return operands
         if name in ("concatenate", "stop_gradient"):
+            operands = [self.settled(value) for value in operands]
+            if not any(map(is_weight, operands)):
+                return [frozenset().union(*operands)]
             weights = [p for v in operands if is_weight(v) for p in v]
             if name == "stop_gradient":
                 for probe in weights:
@@ -88,6 +112,12 @@ class Walk:
             except Unstructured:
                 pass
         return self.other(eqn, operands)
+
+    def settled(self, value: Any) -> Any:
+        """`value`, or if it is rows of tables, what these depend on."""
+        if is_weight(value) and all(probe.routed for probe in value):
+            return frozenset().union(*(self.looked_up(probe) for probe in value))
+        return value
 
     def rescaled(self, eqn: Any, operands: list[Any]) -> list[int]:
         """Which of two parameters in a product is the weight: the one that fills it."""
@@ -130,6 +160,8 @@ class Walk:
     def indexed(self, before: Probes, after: Probes) -> None:
         """Notes the axes that an index has removed: a layer chosen from a stack."""
         for old, new in zip(before, after, strict=True):
+            if new.routed:  # one of the tokens: no layer
+                continue
             gone = frozenset().union(*old.axes) - frozenset().union(*new.axes)
             leaf = self.found[new.leaf]
             for axis in gone:
@@ -156,46 +188,72 @@ class Walk:
         return ("index", size, self.calls, len(reads) - 1)
 
     def product(self, eqn: Any, operands: list[Any]) -> Any:
-        reached: set[tuple[str, Consumer]] = set()
+        dims = [_dot_general.read(eqn, at) for at in (0, 1)]
+        routed = [is_weight(v) and any(p.routed for p in v) for v in operands]
+        experts = [
+            routed[at] and all(_is_expert(p, dims[at]) for p in operands[at])
+            for at in (0, 1)
+        ]
+        # Experts multiply activations: beside a weight, or two of a kind, what could be
+        # experts are rows of tables.
+        rows = [
+            routed[at]
+            and not (experts[at] and not experts[1 - at])
+            or (routed[at] and is_weight(operands[1 - at]) and not routed[1 - at])
+            for at in (0, 1)
+        ]
+        reached: Flow = frozenset()
         for at, value in enumerate(operands):
             if not is_weight(value):
                 continue
-            dims = _dot_general.read(eqn, at)
-            roles: dict[int, AxisRole] = {w: "in" for _, w in dims.contract}
-            roles |= {w: "batch" for _, w in dims.batch}
+            roles: dict[int, AxisRole] = {w: "in" for _, w in dims[at].contract}
+            roles |= {w: "batch" for _, w in dims[at].batch}
             for probe in value:
-                reached.add(self.consume(probe, "dot_general", "product", roles))
-        return frozenset(reached | {INPUT})
+                if rows[at]:
+                    reached |= self.looked_up(probe)
+                else:
+                    # An expert's indices run in parallel, wherever they stand.
+                    chosen = probe.chosen if probe.routed else frozenset()
+                    where = [i for i, axes in enumerate(probe.axes) if axes & chosen]
+                    mine: dict[int, AxisRole] = {**roles}
+                    mine.update((i, "batch") for i in where)
+                    used = self.consume(probe, "dot_general", "product", mine)
+                    reached |= {self.note(probe, used)}
+        return reached | {INPUT}
 
     def gather(self, eqn: Any, probes: Probes, indices: Any) -> Any:
-        shape = eqn.invars[0].aval.shape
         try:
-            rows = _gather.read(eqn, shape, None)
+            op = _gather.pick(eqn, eqn.invars[0].aval.shape, None)
         except Unstructured:
-            return self.other(eqn, [probes])[0]
-        many = len(eqn.invars[1].aval.shape) > 1
-        if many and INPUT in indices:  # rows of a table: activations from here on
-            roles: dict[int, AxisRole] = {rows.axis: "in"}
-            return frozenset(
-                {self.consume(p, "gather", "lookup", roles) for p in probes} | {INPUT}
+            return self.other(eqn, [probes, indices])[0]
+        ndim = len(eqn.outvars[0].aval.shape)
+        out = tuple(probe.apply(op).pad(ndim) for probe in probes)
+        if not op.ids:  # one entry, and its axis is gone
+            self.indexed(probes, out)
+            return out
+        found = []
+        for old, new in zip(probes, out, strict=True):
+            picked = frozenset().union(*(old.axes[axis] for axis in op.axes))
+            rows = old.rows
+            if rows is None and len(op.axes) == 1:
+                roles: dict[int, AxisRole] = {op.axes[0]: "in"}
+                rows = self.consume(old, "gather", "lookup", roles)
+            elif rows is None:
+                rows = self.used("gather", "other")
+            found.append(
+                dataclasses.replace(
+                    new,
+                    chosen=old.chosen | picked,
+                    routed=old.routed or INPUT in indices,
+                    rows=rows,
+                )
             )
-        out = tuple(
-            Probe(
-                p.leaf,
-                tuple(
-                    p.axes[x] if isinstance(x, int) else p.axes[rows.axis]
-                    for x in rows.out_labels
-                ),
-                p.chosen | (p.axes[rows.axis] if many else frozenset()),
-            )
-            for p in probes
-        )
-        self.indexed(probes, out)
-        return out
+        return tuple(found)
 
     def consume(
         self, probe: Probe, primitive: str, kind: Any, roles: dict[int, AxisRole]
-    ) -> tuple[str, Consumer]:
+    ) -> Consumer:
+        """The consumer that gives the axes of `probe` these roles, `out` by default."""
         leaf = self.found[probe.leaf]
         found: dict[int, AxisRole] = {}
         problem = None
@@ -208,21 +266,20 @@ class Walk:
                         f"`{found[axis]}` and `{role}`"
                     )
         axes = tuple(found.get(i, "batch") for i in range(len(leaf.shape)))
-        return self.note(probe, self.used(primitive, kind, axes, problem))
+        return self.used(primitive, kind, axes, problem)
 
-    def looked_up(self, probe: Probe, primitive: str) -> tuple[str, Consumer]:
-        """A lookup at constant positions, known as one now that no product came."""
-        roles: dict[int, AxisRole] = {
-            i: "in" for i, axes in enumerate(probe.axes) if axes & probe.chosen
-        }
-        return self.consume(probe, primitive, "lookup", roles)
+    def looked_up(self, probe: Probe) -> Flow:
+        """Settles that what indices have chosen were rows of a table."""
+        assert probe.rows is not None
+        flow = frozenset([self.note(probe, probe.rows)])
+        return flow | {INPUT} if probe.routed else flow
 
     def result(self, value: Any) -> Flow:
         """What one result of the function depends on."""
         if not is_weight(value):
             return value
-        chosen = [probe for probe in value if probe.chosen]
-        return frozenset(self.looked_up(probe, "gather") for probe in chosen)
+        flows = [self.looked_up(probe) for probe in value if probe.rows]
+        return frozenset().union(*flows)
 
     def used(
         self, primitive: str, kind: Any, axes: Any = (), problem: str | None = None
@@ -241,8 +298,8 @@ class Walk:
         for value in operands:
             if is_weight(value):
                 for probe in value:
-                    if probe.chosen:
-                        flow |= {self.looked_up(probe, name)}
+                    if probe.rows:
+                        flow |= self.looked_up(probe)
                     else:
                         self.note(probe, self.used(name, "other"))
             else:
@@ -265,7 +322,10 @@ class Walk:
         for value in values:
             if is_weight(value):  # a weight in one case only: no operand to follow
                 for probe in value:
-                    self.note(probe, self.used(primitive, "other"))
+                    if probe.rows:
+                        flow |= self.looked_up(probe)
+                    else:
+                        self.note(probe, self.used(primitive, "other"))
             else:
                 flow |= value
         return flow

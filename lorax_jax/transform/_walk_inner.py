@@ -50,7 +50,7 @@ def _unstack(walk: "Walk", eqn: Any, x: Any) -> Any:
     if not is_weight(x):
         return x
     for probe in x:
-        for axis in probe.axes[0]:
+        for axis in probe.axes[0] if not probe.routed else ():
             instance = ("scan", id(eqn), walk.calls)
             group = walk.read_together.setdefault(instance, {})
             group[probe.leaf] = axis

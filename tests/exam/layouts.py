@@ -157,6 +157,41 @@ def _shard_map(w, x):
     )(w, x)
 
 
+def _top_1(w, x):
+    # As a router chooses: the index depends on the token.
+    expert = jnp.argmax(x[..., :LAYERS], axis=-1)
+    return jnp.einsum("bsd,bsdf->bsf", x, w[expert])
+
+
+def _top_k(w, x):
+    gates, experts = lax.top_k(x[..., :LAYERS], 2)
+    each = jnp.einsum("td,tkdf->tkf", x, w[experts])
+    return jnp.einsum("tkf,tk->tf", each, gates)
+
+
+def _top_k_middle(w, x):
+    # Experts on a middle axis, the indices in another place, and a product per token.
+    _, experts = lax.top_k(x[..., :LAYERS], 2)
+    chosen = jnp.take(w, experts, axis=1)  # (d, t, k, f)
+    return jax.vmap(lambda x, w: jnp.einsum("d,dkf->kf", x, w), in_axes=(0, 1))(
+        x, chosen
+    )
+
+
+def _layer_and_expert(w, x):
+    expert = jnp.argmax(x[..., :HEADS], axis=-1)
+    for layer in range(LAYERS):
+        x = jnp.tanh(jnp.einsum("td,tdf->tf", x, w[layer, expert]))
+    return x
+
+
+def _vmapped_choice(w, x):
+    # A choice for each of the layers, all at once.
+    expert = jnp.argmax(x[..., :HEADS], axis=-1)  # (layers,)
+    chosen = jax.vmap(lambda w, i: w[i])(w, expert)
+    return jnp.einsum("ld,ldf->lf", x, chosen)
+
+
 def _nested_jit(w, x):
     @jax.jit
     def outer(w, x):
@@ -365,6 +400,36 @@ LAYOUTS = [
         (BATCH, SEQ, D),
         _role((0,), (1,)),
         depth=2,
+    ),
+    Layout(
+        "top_1",
+        _top_1,
+        (LAYERS, D, OUT),
+        (BATCH, SEQ, D),
+        _role((1,), (2,), (0,)),
+    ),
+    Layout("top_k", _top_k, (LAYERS, D, OUT), (BATCH, D), _role((1,), (2,), (0,))),
+    Layout(
+        "top_k_middle",
+        _top_k_middle,
+        (D, LAYERS, OUT),
+        (BATCH, D),
+        _role((0,), (2,), (1,)),
+    ),
+    Layout(
+        "layer_and_expert",
+        _layer_and_expert,
+        (LAYERS, HEADS, D, D),
+        (BATCH, D),
+        _role((2,), (3,), (0, 1)),
+        depth=3,
+    ),
+    Layout(
+        "vmapped_choice",
+        _vmapped_choice,
+        (LAYERS, HEADS, D, OUT),
+        (LAYERS, D),
+        _role((2,), (3,), (0, 1)),
     ),
     Layout("shard_map", _shard_map, (D, OUT), (BATCH, D), _role((0,), (1,))),
     Layout(
