@@ -7,6 +7,7 @@ from ._axes import Broadcast as Broadcast
 from ._axes import Cast as Cast
 from ._axes import Group as Group
 from ._axes import Label as Label
+from ._axes import Pick as Pick
 from ._axes import Place as Place
 from ._axes import Reshape as Reshape
 from ._axes import Scale as Scale

@@ -8,7 +8,7 @@ of a quantized base, a probe that only watches) applies the description to its p
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -74,6 +74,29 @@ class Along:
 
 
 @dataclasses.dataclass(frozen=True)
+class Pick:
+    """A gather: some axes give way to those of the indices into them.
+
+    Attributes:
+        axes: the old axes that are indexed, together.
+        map: `map(array, at, columns)` gathers along the axes `at` of an array by these
+            columns of the indices; the axes of the indices come first in the result.
+        ids: the new positions of the axes of the indices.
+        kept: pairs (old, new) for the axes that are not indexed.
+        ones: pairs (old, new) for indexed axes that leave one of size 1 behind.
+        fills: whether an index out of range gives a value that is the same for every
+            weight. A piece that is constant along an indexed axis cannot express that.
+    """
+
+    axes: tuple[int, ...]
+    map: Callable[[jax.Array, Sequence[int], Sequence[int]], jax.Array]
+    ids: tuple[int, ...]
+    kept: tuple[tuple[int, int], ...]
+    ones: tuple[tuple[int, int], ...] = ()
+    fills: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class Scale:
     """Multiplication (or division) by a scalar or a vector along some axes.
 
@@ -101,7 +124,7 @@ class Place:
     map: Callable[[jax.Array, tuple[Label, ...]], jax.Array]
 
 
-AxisOp = Cast | Transpose | Reshape | Broadcast | Along | Scale | Place
+AxisOp = Cast | Transpose | Reshape | Broadcast | Along | Pick | Scale | Place
 
 
 class Unstructured(Exception):

@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 
 from ._axes import (
+    RANK,
     Along,
     AxisOp,
     Broadcast,
     Cast,
     Group,
     Label,
+    Pick,
     Place,
     Reshape,
     Scale,
@@ -80,6 +82,8 @@ class Factor:
                 if not self.holds(axis):
                     return self  # where zeros must be filled in, its owner refuses
                 return Factor(map(self.array, self.axes.index(axis)), self.axes)
+            case Pick():
+                return self._pick(op)
             case Place(map):
                 return Factor(map(self.array, self.axes), self.axes)
             case Broadcast(positions, shape):
@@ -126,6 +130,24 @@ class Factor:
                         factor.axes[:at] + factor.axes[at + 1 :],
                     )
         return factor._relabel(dict(enumerate(positions)))
+
+    def _pick(self, op: Pick) -> "Factor":
+        held = [axis for axis in op.axes if self.holds(axis)]
+        names: dict[Any, int] = dict(op.kept)
+        if not held:
+            return self._relabel(names)
+        if len(held) < len(op.axes) and self.holds(RANK):
+            # W[i_t, j_t] = sum_r A[i_t, r] B[r, j_t] needs r numbers for each t.
+            raise Unstructured(
+                f"the indices run over axes {op.axes} together, of which a factor "
+                f"holds only {tuple(held)}"
+            )
+        at = [self.axes.index(axis) for axis in held]
+        array = op.map(self.array, at, [op.axes.index(axis) for axis in held])
+        rest = (names.get(x, x) for x in self.axes if x not in held)
+        ones = [new for old, new in op.ones if old in held]
+        array = jnp.expand_dims(array, tuple(range(len(ones)))) if ones else array
+        return Factor(array, (*ones, *op.ids, *rest))
 
     def _reshape(self, groups: tuple[Group, ...]) -> "Factor":
         shape: list[int] = []

@@ -43,22 +43,25 @@ class Run:
     options: Options
     producer: Callable[[Any], Any]
 
-    def retrace(self, jaxpr: Any, operands: Sequence[Any]) -> tuple[Any, list[Any]]:
+    def retrace(
+        self, jaxpr: Any, operands: Sequence[Any], drop: tuple[int, ...] = ()
+    ) -> tuple[Any, list[Any]]:
         """Traces an inner jaxpr again, with weights among its operands.
 
         Args:
             jaxpr: the inner jaxpr, closed or open.
             operands: a value or type for each of its inputs; weights among them.
+            drop: results that the new jaxpr does without.
 
         Returns:
             The new closed jaxpr, whose inputs are the leaves of `operands`, and the
             results as types, weights among them.
         """
-        return _body(jaxpr, self.options)(*operands)
+        return _body(jaxpr, self.options, drop)(*operands)
 
 
 @_jaxpr.keyed_by_jaxpr
-def _body(jaxpr: Any, options: Options):
+def _body(jaxpr: Any, options: Options, drop: tuple[int, ...]):
     """One traced function for each inner jaxpr.
 
     JAX's own cache then finds the trace again by the types of the operands.
@@ -66,7 +69,8 @@ def _body(jaxpr: Any, options: Options):
 
     def body(*operands):
         inner, consts = _jaxpr.closed(jaxpr())
-        return interpret(inner, consts, operands, options)
+        outs = interpret(inner, consts, operands, options)
+        return [out for i, out in enumerate(outs) if i not in drop]
 
     return _jaxpr.trace(body)
 

@@ -13,7 +13,8 @@ import jax
 from .. import _paths
 from . import _jaxpr
 from ._consumers import INPUT, Leaf
-from ._walk import Walk, whole
+from ._probe import whole
+from ._walk import Walk
 
 
 def trace_roles(

@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from lorax_jax.adapters import Role
 
@@ -29,6 +31,7 @@ class Layout:
         role: roles of the weight's axes.
         ids: whether the input holds integers below `ROWS`.
         depth: how many products lie one behind the other.
+        reverse: whether JAX differentiates it backwards; not through `while`.
     """
 
     name: str
@@ -38,6 +41,11 @@ class Layout:
     role: Role
     ids: bool = False
     depth: int = 1
+    reverse: bool = True
+
+    def grad(self, fn):
+        """The gradient of `fn`, by the derivatives that the layout has."""
+        return jax.grad(fn) if self.reverse else jax.jacfwd(fn)
 
 
 def _role(inputs, outputs, batch=(), **kwargs):
@@ -87,6 +95,101 @@ def _scan_jit_remat(w, x):
     return lax.scan(
         lambda x, w: (jax.checkpoint(layer, policy=policy)(x, w), None), x, w
     )[0]
+
+
+def _cond(w, x):
+    w = w * 2.0
+    return lax.cond(
+        x.sum() > 0.0, lambda w, x: x @ w, lambda w, x: jnp.tanh(x @ w) * 0.5, w, x
+    )
+
+
+def _switch(w, x):
+    # The index counts experts; one branch does without the weight.
+    branches = [lambda w, x, i=i: x @ w[i] for i in range(LAYERS)]
+    branches.append(lambda w, x: jnp.zeros((BATCH, OUT), x.dtype))
+    return lax.switch(jnp.argmax(x[0, :4]), branches, w, x)
+
+
+def _cond_weight(w, x):
+    # Which weight, rather than which product: every branch hands back one.
+    w, y = lax.cond(
+        x.sum() > 0.0, lambda w, x: (w * 2.0, x), lambda w, x: (-w, x * 3.0), w, x
+    )
+    return y @ w
+
+
+def _while(w, x):
+    def small(state):
+        i, x, w = state
+        return (i < 3) & ((x @ w).sum() < 1e6)
+
+    def step(state):
+        i, x, w = state
+        return i + 1, jnp.tanh(x @ w), w
+
+    return lax.while_loop(small, step, (0, x, w))[1]
+
+
+def _while_const(w, x):
+    # What loops close over is a constant of their bodies, and of their conditions.
+    def step(state):
+        return state[0] + 1, jnp.tanh(state[1] @ w)
+
+    def small(state):
+        return (state[0] < 2) & ((state[1] @ w).sum() < 1e6)
+
+    return lax.while_loop(small, step, (0, x))[1]
+
+
+def _associative_scan(w, x):
+    return lax.associative_scan(lambda a, b: jnp.tanh(a + b @ w), x, axis=1)
+
+
+def _shard_map(w, x):
+    # The contracted axis lies on eight devices, and the model completes the sum.
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+    return jax.shard_map(
+        lambda w, x: lax.psum(x @ w, "d"),
+        mesh=mesh,
+        in_specs=(P("d"), P(None, "d")),
+        out_specs=P(),
+    )(w, x)
+
+
+def _top_1(w, x):
+    # As a router chooses: the index depends on the token.
+    expert = jnp.argmax(x[..., :LAYERS], axis=-1)
+    return jnp.einsum("bsd,bsdf->bsf", x, w[expert])
+
+
+def _top_k(w, x):
+    gates, experts = lax.top_k(x[..., :LAYERS], 2)
+    each = jnp.einsum("td,tkdf->tkf", x, w[experts])
+    return jnp.einsum("tkf,tk->tf", each, gates)
+
+
+def _top_k_middle(w, x):
+    # Experts on a middle axis, the indices in another place, and a product per token.
+    _, experts = lax.top_k(x[..., :LAYERS], 2)
+    chosen = jnp.take(w, experts, axis=1)  # (d, t, k, f)
+    return jax.vmap(lambda x, w: jnp.einsum("d,dkf->kf", x, w), in_axes=(0, 1))(
+        x, chosen
+    )
+
+
+def _layer_and_expert(w, x):
+    expert = jnp.argmax(x[..., :HEADS], axis=-1)
+    for layer in range(LAYERS):
+        x = jnp.tanh(jnp.einsum("td,tdf->tf", x, w[layer, expert]))
+    return x
+
+
+def _vmapped_choice(w, x):
+    # A choice for each of the layers, all at once.
+    expert = jnp.argmax(x[..., :HEADS], axis=-1)  # (layers,)
+    chosen = jax.vmap(lambda w, i: w[i])(w, expert)
+    return jnp.einsum("ld,ldf->lf", x, chosen)
 
 
 def _nested_jit(w, x):
@@ -269,6 +372,66 @@ LAYOUTS = [
     ),
     Layout("scan_const", _scan_const, (D, D), (BATCH, D), _role((0,), (1,)), depth=2),
     Layout("scan_carry", _scan_carry, (D, D), (BATCH, D), _role((0,), (1,)), depth=2),
+    Layout("cond", _cond, (D, OUT), (BATCH, D), _role((0,), (1,))),
+    Layout(
+        "switch",
+        _switch,
+        (LAYERS, D, OUT),
+        (BATCH, D),
+        _role((1,), (2,), (0,), stack=1),
+    ),
+    Layout("cond_weight", _cond_weight, (D, OUT), (BATCH, D), _role((0,), (1,))),
+    Layout(
+        "while", _while, (D, D), (BATCH, D), _role((0,), (1,)), depth=3, reverse=False
+    ),
+    Layout(
+        "while_const",
+        _while_const,
+        (D, D),
+        (BATCH, D),
+        _role((0,), (1,)),
+        depth=2,
+        reverse=False,
+    ),
+    Layout(
+        "associative_scan",
+        _associative_scan,
+        (D, D),
+        (BATCH, SEQ, D),
+        _role((0,), (1,)),
+        depth=2,
+    ),
+    Layout(
+        "top_1",
+        _top_1,
+        (LAYERS, D, OUT),
+        (BATCH, SEQ, D),
+        _role((1,), (2,), (0,)),
+    ),
+    Layout("top_k", _top_k, (LAYERS, D, OUT), (BATCH, D), _role((1,), (2,), (0,))),
+    Layout(
+        "top_k_middle",
+        _top_k_middle,
+        (D, LAYERS, OUT),
+        (BATCH, D),
+        _role((0,), (2,), (1,)),
+    ),
+    Layout(
+        "layer_and_expert",
+        _layer_and_expert,
+        (LAYERS, HEADS, D, D),
+        (BATCH, D),
+        _role((2,), (3,), (0, 1)),
+        depth=3,
+    ),
+    Layout(
+        "vmapped_choice",
+        _vmapped_choice,
+        (LAYERS, HEADS, D, OUT),
+        (LAYERS, D),
+        _role((2,), (3,), (0, 1)),
+    ),
+    Layout("shard_map", _shard_map, (D, OUT), (BATCH, D), _role((0,), (1,))),
     Layout(
         "scan_jit_remat",
         _scan_jit_remat,

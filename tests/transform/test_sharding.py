@@ -8,6 +8,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lorax_jax as lj
+from lorax_jax._errors import TransformError
 
 SPECS = {"emb": P(None, None), "up": P(None, "model"), "down": P("model", None)}
 
@@ -118,3 +119,96 @@ def test_scan_inside_shard_map(key):
     )
     got = jax.jit(mapped)(params, adapter, x)
     assert_close(jax.device_get(got), fn(lj.merge(params, adapter), x), factor=8)
+
+
+# A model that is mapped over devices inside: where the weight is split, and what the
+# model does to complete its product.
+MAPPED = {
+    "in": (P("d"), P(None, "d"), P(), lambda y: jax.lax.psum(y, "d")),
+    "out": (P(None, "d"), P(), P(None, "d"), lambda y: y),
+    "replicated": (P(), P("d"), P("d"), lambda y: y),
+    "both": (
+        P("e", "d"),
+        P(None, "e"),
+        P(None, "d"),
+        lambda y: jax.lax.psum(y, "e"),
+    ),
+}
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("where", MAPPED)
+def test_shard_map_inside_the_model(key, where, check_vma):
+    w_spec, x_spec, y_spec, complete = MAPPED[where]
+    shape, names = ((8,), ("d",)) if where != "both" else ((2, 4), ("e", "d"))
+    mesh = jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(names))
+
+    def fn(params, x):
+        mapped = jax.shard_map(
+            lambda w, x: jnp.tanh(complete(x @ w)),
+            mesh=mesh,
+            in_specs=(w_spec, x_spec),
+            out_specs=y_spec,
+            check_vma=check_vma,
+        )
+        return mapped(params["w"], x)
+
+    params = {"w": jax.random.normal(key, (16, 24)) / 4}
+    x = jax.random.normal(key, (8, 16))
+    config = lj.LoraConfig("w", rank=2, init=False)
+    adapter = lj.init(lj.plan(config, params, fn, (x,)), params, key=key)
+
+    def loss(train, dense=False):
+        adapter_ = lj.Adapter(train, adapter.fixed)
+        if dense:
+            return (fn(lj.merge(params, adapter_), x) ** 2).mean()
+        return (lj.adapt(fn)(lj.bind(params, adapter_), x) ** 2).mean()
+
+    expected = jax.jit(jax.value_and_grad(lambda t: loss(t, dense=True)))(adapter.train)
+    got = jax.jit(jax.value_and_grad(loss))(adapter.train)
+    assert_close(jax.device_get(got), jax.device_get(expected), factor=8)
+    assert_close(loss(adapter.train), expected[0], factor=8)
+
+
+def test_experts_split_over_devices_inside_the_model(key):
+    """A batch axis is split in both factors; a stack's scales are split with it."""
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+
+    def fn(params, x):
+        def local(w, x):
+            return jax.lax.scan(lambda c, wx: (c, wx[1] @ wx[0]), 0.0, (w, x))[1]
+
+        mapped = jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=(P("d"), P("d")),
+            out_specs=P("d"),
+            check_vma=False,
+        )
+        return mapped(params["w"], x)
+
+    params = {"w": jax.random.normal(key, (16, 6, 4))}
+    x = jax.random.normal(key, (16, 3, 6))
+    plan = lj.plan(lj.LoraConfig("w", rank=2, init=False), params, fn, (x,))
+    assert plan.slots[0].role.stack == 1
+    adapter = lj.init(plan, params, key=key)
+    got = jax.jit(lj.adapt(fn))(lj.bind(params, adapter), x)
+    expected = fn(lj.merge(params, adapter), x)
+    assert_close(jax.device_get(got), jax.device_get(expected), factor=8)
+
+
+def test_a_mapped_function_that_hands_back_a_weight_is_refused(key):
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+
+    def fn(params, x):
+        double = jax.shard_map(
+            lambda w: 2.0 * w, mesh=mesh, in_specs=P("d"), out_specs=P("d")
+        )
+        return x @ double(params["w"])
+
+    params = {"w": jnp.ones((8, 4))}
+    x = jnp.ones((2, 8))
+    config = lj.LoraConfig("w", rank=2)
+    bound = lj.bind(params, lj.init(lj.plan(config, params, fn, (x,)), params, key=key))
+    with pytest.raises(TransformError, match="mapped function hands back an adapted"):
+        lj.adapt(fn)(bound, x)

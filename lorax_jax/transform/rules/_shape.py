@@ -82,9 +82,9 @@ def _squeeze(operand: Operand):
 
 @structural("broadcast_in_dim", note="new axes, along which the weight is constant")
 def _broadcast(operand: Operand):
-    return [
-        (Broadcast(tuple(operand.params["broadcast_dimensions"]), operand.out_shape),)
-    ]
+    # `vmap` counts positions in NumPy's integers.
+    positions = tuple(map(int, operand.params["broadcast_dimensions"]))
+    return [(Broadcast(positions, operand.out_shape),)]
 
 
 @structural("slice", note="axis by axis")
