@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import is_adapted
 from jax import lax
 
 import lorax_jax as lj
 from lorax_jax._errors import AuditError
 from lorax_jax.adapters import LowRank
+from lorax_jax.auditing import _zeros
+from lorax_jax.auditing._report import answer
 
 WIDTH, OUT, LAYERS = 16, 12, 3
 NAMES = (
@@ -137,6 +138,17 @@ def test_whole_models_pass(scan, remat, relaxed):
     lj.audit(loss, params, adapter, ids).raise_if_failed()
 
 
+def test_attention_scores_of_a_weights_shape_are_no_gradients():
+    """One head, as many positions as features: their cotangents are sums as well."""
+
+    def attention(params, x):
+        q, k, v = (x @ params["layers"][i] for i in range(LAYERS))
+        return jax.nn.softmax(q @ k.T / 4) @ v @ params["head"]
+
+    params, adapter, x = build(attention)
+    lj.audit(attention, params, adapter, x).raise_if_failed()
+
+
 def test_an_adapted_function_is_taken_as_it_is(stack):
     fn = model(stack, layer)
     params, adapter, x = build(fn)
@@ -224,6 +236,7 @@ def test_an_adapter_merged_from_an_argument_is_found():
     head = lj.Adapter({"head": adapter.train["head"]}, {"head": adapter.fixed["head"]})
     params = {"head": params["head"]}
     report = lj.audit(merging, params, head, head, x)
+    assert "`add` cannot use an adapted weight" in report.refusal
     assert report["no dense update"].passed is False
     assert report["no dense update"].source.startswith(line_of(merging, "lj.merge"))
 
@@ -458,8 +471,6 @@ def test_padded_ranks_have_gradients_where_they_are_true(stack):
     adapter = lj.init(plan, params, key=jax.random.key(1))
     assert lj.audit(fn, params, adapter, x).ok
     # The run starts from random B within each layer's true rank only.
-    from lorax_jax.auditing import _zeros
-
     started = _zeros._started(adapter.train["layers"], adapter.fixed["layers"])
     assert (started["b"][0, 1:] == 0).all() and (started["b"][0, 0] != 0).all()
     assert (started["b"][1:] != 0).all()
@@ -533,8 +544,20 @@ def test_an_adapter_that_does_not_fit_is_refused():
         lj.audit(model_scanned(), params, adapter, x)
 
 
-def test_bound_trees_hold_adapted_weights():
-    """What the other tests rely on."""
-    params, adapter, _ = build(model_scanned())
-    bound = lj.bind(params, adapter)
-    assert all(map(is_adapted, jax.tree.leaves(bound, is_leaf=is_adapted)))
+def test_many_findings_are_counted():
+    found = [(f"finding {i % 10}", f"line {i % 10}") for i in range(20)]
+    check = answer("a promise", found, "nothing")
+    assert check.passed is False and check.source == "line 0"
+    assert check.detail.count("finding") == 8
+    assert check.detail.endswith("... (10 in all)")
+    assert answer("a promise", [], "nothing") == lj.auditing.Check(
+        "a promise", True, "nothing"
+    )
+
+
+def test_checks_are_found_by_name():
+    fn = model_scanned()
+    report = lj.audit(fn, *jax.eval_shape(lambda: build(fn)))
+    assert report[NAMES[2]] is report.checks[2]
+    with pytest.raises(KeyError, match="'dense'; the checks are .*no dense update"):
+        report["dense"]
