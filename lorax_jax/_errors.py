@@ -24,6 +24,10 @@ class TransformError(LoraxError, TypeError):
     """A function uses an adapted weight in a way that has no factored form."""
 
 
+class AuditError(LoraxError, AssertionError):
+    """A train step fails a check of `audit`, or cannot be audited."""
+
+
 class CheckpointError(LoraxError, ValueError):
     """A file or folder is not what its name promises."""
 

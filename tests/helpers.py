@@ -9,6 +9,7 @@ from reference import dense
 
 from lorax_jax import Adapter
 from lorax_jax.adapters import Adapted, Fixed, Role
+from lorax_jax.transform._jaxpr import equations
 
 
 def draw(key, shape, dtype=jnp.float32):
@@ -88,18 +89,6 @@ def assert_close(actual, expected, *, dtype=jnp.float32, length=32, factor=1.0):
 def primitives(jaxpr):
     """How often each primitive occurs, inner jaxprs included."""
     return collections.Counter(eqn.primitive.name for eqn in equations(jaxpr))
-
-
-def equations(jaxpr):
-    """All equations of a jaxpr and of the jaxprs inside it."""
-    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for value in jax.tree.leaves(
-            list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
-        ):
-            if hasattr(value, "eqns") or hasattr(value, "jaxpr"):
-                yield from equations(value)
 
 
 def made_shapes(jaxpr):

@@ -292,7 +292,13 @@ def adapt(
             is_leaf=lambda leaf: isinstance(leaf, _Static),
         )
 
+    adapted.__dict__["takes_bound_params"] = True
     return adapted
+
+
+def is_adapted(fn: Callable[..., Any]) -> bool:
+    """Whether `fn` came from `adapt`, also under `jax.jit` or another wrapper."""
+    return getattr(fn, "takes_bound_params", False)
 
 
 def _options(materialize: str | Iterable[str], custom: str) -> Options:
