@@ -3,6 +3,7 @@
 from ._adapted import Adapted as Adapted
 from ._adapted import Origin as Origin
 from ._adapted import is_weight as is_weight
+from ._base import Inner as Inner
 from ._base import Term as Term
 from ._bind import bind as bind
 from ._dora import Dora as Dora

@@ -5,8 +5,8 @@ from typing import Any
 
 import jax
 
-from ..adapters import Adapted, Fixed, Term, is_weight
-from ..structure import AxisOp, Dot, Factor, Take
+from ..adapters import Adapted, Fixed, Inner, Term, is_weight
+from ..structure import AxisOp, Bilinear, Factor
 
 
 @jax.tree_util.register_dataclass
@@ -27,10 +27,8 @@ class Shift(Term):
     term: Term
     shift: Factor
 
-    def dot(self, y: jax.Array, x: jax.Array, dims: Dot) -> jax.Array:
-        return y + self.shift.array.astype(y.dtype)
-
-    def take(self, y: jax.Array, rows: Take) -> jax.Array:
+    def act(self, x: jax.Array, op: Bilinear, inner: Inner) -> jax.Array:
+        y = inner(x)
         return y + self.shift.array.astype(y.dtype)
 
     def dense(self, weight: jax.Array) -> jax.Array:
