@@ -5,6 +5,7 @@ from ._adapted import Origin as Origin
 from ._adapted import is_weight as is_weight
 from ._base import Term as Term
 from ._base import Use as Use
+from ._join import join as join
 from ._lora import LowRank as LowRank
 from ._tree import Adapter as Adapter
 from ._tree import Fixed as Fixed
