@@ -4,4 +4,5 @@ from . import rules as rules
 from ._consumers import Consumer as Consumer
 from ._consumers import Leaf as Leaf
 from ._interpreter import adapt as adapt
-from ._roles import trace_roles as trace_roles
+from ._roles import Reading as Reading
+from ._roles import read as read
