@@ -16,6 +16,10 @@ class PlanError(LoraxError, ValueError):
     """A configuration does not fit the parameters that it was planned on."""
 
 
+class PlanWarning(UserWarning):
+    """A plan names weights that the function uses in a way that `adapt` will refuse."""
+
+
 class AdapterError(LoraxError, ValueError):
     """An adapter does not fit the parameters that it is bound to."""
 

@@ -8,6 +8,7 @@ from ._base import Term as Term
 from ._bind import bind as bind
 from ._dora import Dora as Dora
 from ._dora import column_norm as column_norm
+from ._join import join as join
 from ._kind import KINDS as KINDS
 from ._lora import LowRank as LowRank
 from ._random import as_key as as_key

@@ -2,17 +2,19 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
 from .. import _paths, initializers
 from .._config import LoraConfig
-from .._errors import PlanError, closest, shorten
+from .._errors import PlanError, PlanWarning, closest, shorten
 from ..adapters import Role
-from ..transform import Consumer, Leaf, trace_roles
+from ..transform import Consumer, Leaf, read
 from ._beside import beside
+from ._rehearse import rehearse
 from ._select import Selection
 from ._sites import Site, Slot
 from ._table import table
@@ -99,6 +101,8 @@ def plan(
     kwargs: Mapping[str, Any] | None = None,
     *,
     roles: Mapping[str, Any] | None = None,
+    materialize: str | Iterable[str] = "error",
+    custom: str = "error",
 ) -> Plan:
     """Decides which weights of a model are adapted, and prints as a table.
 
@@ -115,6 +119,8 @@ def plan(
         roles: instead of `fn`, or over what it shows: path -> a dict with `inputs`,
             `outputs` and optionally `batch` (tuples of axes) and `lookup` (`True` for
             a table whose `inputs` axis is looked up).
+        materialize, custom: what `adapt` will be told. A plan that it would refuse
+            warns (`PlanWarning`) with the reason and the way out.
 
     Returns:
         A `Plan`.
@@ -155,14 +161,20 @@ def plan(
         for path, leaf in _paths.flatten(params)[0]
         if hasattr(leaf, "shape") and hasattr(leaf, "dtype")
     ]
+    reading = None
     if fn is not None:
-        found = trace_roles(fn, params, args, kwargs or {})
+        reading = read(fn, params, args, kwargs or {})
+        found = reading.leaves
     else:
         found = {path: Leaf(path, tuple(leaf.shape)) for path, leaf in arrays}
     _declare(found, roles or {})
     selection = Selection(config, found, {path: leaf.dtype for path, leaf in arrays})
     slots = selection.slots()
     slots += beside(config, selection.candidates, slots, selection.dtypes)
+    if reading is not None:
+        refusal = rehearse(reading, slots, config.dtype, materialize, custom)
+        if refusal is not None:
+            warnings.warn(refusal, PlanWarning, stacklevel=2)
     patterns = [rule.pattern for rule in selection.rules]
     return Plan(
         config,

@@ -9,4 +9,5 @@ from ._flow import Marks as Marks
 from ._flow import Visit as Visit
 from ._interpreter import adapt as adapt
 from ._interpreter import is_adapted as is_adapted
-from ._roles import trace_roles as trace_roles
+from ._roles import Reading as Reading
+from ._roles import read as read

@@ -57,7 +57,14 @@ class Run:
             The new closed jaxpr, whose inputs are the leaves of `operands`, and the
             results as types, weights among them.
         """
-        return _body(jaxpr, self.options, drop)(*operands)
+        return retrace(jaxpr, operands, self.options, drop)
+
+
+def retrace(
+    jaxpr: Any, operands: Sequence[Any], options: Options, drop: tuple[int, ...] = ()
+) -> tuple[Any, list[Any]]:
+    """`Run.retrace` outside of a run."""
+    return _body(jaxpr, options, drop)(*operands)
 
 
 @_jaxpr.keyed_by_jaxpr
@@ -267,7 +274,7 @@ def adapt(
             f"`adapt` got {fn!r:.60}, which is no function. Give it what runs the "
             "model, e.g. `adapt(model.apply)`."
         )
-    options = _options(materialize, custom)
+    options = allowed(materialize, custom)
     traced: dict[Any, _Entry] = {}
 
     @functools.wraps(fn)
@@ -301,7 +308,8 @@ def is_adapted(fn: Callable[..., Any]) -> bool:
     return getattr(fn, "takes_bound_params", False)
 
 
-def _options(materialize: str | Iterable[str], custom: str) -> Options:
+def allowed(materialize: str | Iterable[str], custom: str) -> Options:
+    """The options that `adapt`'s arguments of these names mean."""
     if custom not in ("error", "primal", "materialize"):
         raise TransformError(
             f"`custom` = {custom!r}; one of 'error', 'primal', 'materialize' is meant."

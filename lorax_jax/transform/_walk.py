@@ -9,13 +9,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from .. import _paths
-from ..structure import AxisRole, Bilinear, Scale, Unstructured
+from ..structure import AxisOp, AxisRole, Bilinear, Scale, Unstructured
 from . import _jaxpr
 from ._consumers import INPUT, Consumer, Flow, Leaf
 from ._probe import Probe, Probes, is_weight
 from ._registry import RULES, Operand
 from ._walk_inner import INNER
-from .rules import _gather
+from .rules import _concatenate, _gather, _write
+
+# What puts a value together from others, side by side or one into another.
+_TOGETHER = ("concatenate", "stack", "dynamic_update_slice", "scatter")
 
 
 def _is_expert(probe: Probe, op: Bilinear) -> bool:
@@ -92,15 +95,12 @@ class Walk:
             return [self.gather(eqn, *operands)]
         if name in ("device_put", "optimization_barrier"):
             return operands
-        if name in ("concatenate", "stop_gradient"):
-            operands = [self.settled(value) for value in operands]
-            if not any(map(is_weight, operands)):
-                return [frozenset().union(*operands)]
-            weights = [p for v in operands if is_weight(v) for p in v]
-            if name == "stop_gradient":
-                for probe in weights:
-                    self.found[probe.leaf].stopped = True
-            return [tuple(weights)]
+        if name in _TOGETHER:
+            return [self.together(eqn, [self.settled(value) for value in operands])]
+        if name == "stop_gradient":
+            for probe in operands[0]:
+                self.found[probe.leaf].stopped = True
+            return operands
         if name in INNER:
             return INNER[name](self, eqn, operands)
         at = [i for i, value in enumerate(operands) if is_weight(value)]
@@ -112,6 +112,29 @@ class Walk:
             except Unstructured:
                 pass
         return self.other(eqn, operands)
+
+    def together(self, eqn: Any, operands: list[Any]) -> Any:
+        """A value that is put together from others: a weight if any of them is."""
+        if not any(map(is_weight, operands)):
+            return frozenset().union(*operands)
+        name, ndim = eqn.primitive.name, len(eqn.outvars[0].aval.shape)
+        ops: list[tuple[AxisOp, ...]] = [()] * len(operands)
+        if name == "stack":
+            shape = eqn.invars[0].aval.shape
+            ops = [(_concatenate.new_axis(shape, eqn.params["axis"]),)] * len(operands)
+        elif name != "concatenate":
+            try:
+                how = _write.read(eqn, [None] * len(operands))
+            except Unstructured:
+                return self.other(eqn, operands)[0]
+            ops[2 if name == "scatter" else 1] = how.ops
+        found: list[Probe] = []
+        for value, mine in zip(operands, ops, strict=True):
+            for probe in value if is_weight(value) else ():
+                for op in mine:
+                    probe = probe.apply(op)
+                found.append(probe.pad(ndim))
+        return tuple(dict.fromkeys(found))
 
     def settled(self, value: Any) -> Any:
         """`value`, or if it is rows of tables, what these depend on."""

@@ -157,6 +157,51 @@ def _shard_map(w, x):
     )(w, x)
 
 
+def _stack_scan(w, x):
+    # Layers that a model keeps apart, stacked for a scan.
+    return _scan(jnp.stack([w, 2.0 * w, jnp.eye(D, dtype=w.dtype), -w]), x)
+
+
+def _stack_batched(w, x):
+    both = jnp.stack([w, w * 0.5], axis=1)
+    return jnp.einsum("ebd,def->ebf", x, both)
+
+
+def _stack_expanded(w, x):
+    # The same in smaller steps.
+    both = jnp.concatenate([w[None], jnp.ones((1, *w.shape), w.dtype), -2.0 * w[None]])
+    return jnp.einsum("bd,edf->ebf", x, both)
+
+
+def _concatenated_experts(w, x):
+    shared = jnp.ones((1, D, OUT), w.dtype)
+    return jnp.einsum("ebd,edf->ebf", x, jnp.concatenate([w[1:], 0.5 * w[:1], shared]))
+
+
+def _split_experts(w, x):
+    one, two = jnp.split(w, [1])
+    first, *_ = jnp.unstack(w * 2.0)
+    return x @ one[0], jnp.einsum("ebd,edf->ebf", jnp.stack([x, -x]), two), x @ first
+
+
+def _buffer(w, x):
+    # Weights written into a stack, one at a time.
+    stack = jnp.zeros((LAYERS, D, D), w.dtype).at[1].set(w)
+    stack = lax.dynamic_update_slice(stack, 0.5 * w[None], (2, 0, 0))
+    return _scan(stack, x)
+
+
+def _overwritten(w, x):
+    w = w.at[0].set(1.0).at[:, 1:3].set(0.5)
+    w = w.at[:, jnp.array([4, 3])].set(2.0 * w[:, :2], unique_indices=True)
+    return x @ w
+
+
+def _swapped_experts(w, x):
+    w = w.at[jnp.array([2, 0])].set(w[:2], unique_indices=True)
+    return jnp.einsum("ebd,edf->ebf", x, w)
+
+
 def _top_1(w, x):
     # As a router chooses: the index depends on the token.
     expert = jnp.argmax(x[..., :LAYERS], axis=-1)
@@ -400,6 +445,32 @@ LAYOUTS = [
         (BATCH, SEQ, D),
         _role((0,), (1,)),
         depth=2,
+    ),
+    Layout("stack_scan", _stack_scan, (D, D), (BATCH, D), _role((0,), (1,)), depth=4),
+    Layout("stack_batched", _stack_batched, (D, OUT), (2, BATCH, D), _role((0,), (1,))),
+    Layout("stack_expanded", _stack_expanded, (D, OUT), (BATCH, D), _role((0,), (1,))),
+    Layout(
+        "concatenated_experts",
+        _concatenated_experts,
+        (LAYERS, D, OUT),
+        (LAYERS + 1, BATCH, D),
+        _role((1,), (2,), (0,)),
+    ),
+    Layout(
+        "split_experts",
+        _split_experts,
+        (LAYERS, D, OUT),
+        (BATCH, D),
+        _role((1,), (2,), (0,), stack=1),
+    ),
+    Layout("buffer", _buffer, (D, D), (BATCH, D), _role((0,), (1,)), depth=3),
+    Layout("overwritten", _overwritten, (D, OUT), (BATCH, D), _role((0,), (1,))),
+    Layout(
+        "swapped_experts",
+        _swapped_experts,
+        (LAYERS, D, OUT),
+        (LAYERS, BATCH, D),
+        _role((1,), (2,), (0,)),
     ),
     Layout(
         "top_1",

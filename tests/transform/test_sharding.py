@@ -209,6 +209,7 @@ def test_a_mapped_function_that_hands_back_a_weight_is_refused(key):
     params = {"w": jnp.ones((8, 4))}
     x = jnp.ones((2, 8))
     config = lj.LoraConfig("w", rank=2)
-    bound = lj.bind(params, lj.init(lj.plan(config, params, fn, (x,)), params, key=key))
+    plan = lj.plan(config, params, fn, (x,), materialize="shard_map")
+    bound = lj.bind(params, lj.init(plan, params, key=key))
     with pytest.raises(TransformError, match="mapped function hands back an adapted"):
         lj.adapt(fn)(bound, x)

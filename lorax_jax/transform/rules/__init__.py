@@ -10,3 +10,4 @@ from . import _scan as _scan
 from . import _shape as _shape
 from . import _shard_map as _shard_map
 from . import _while as _while
+from . import _write as _write

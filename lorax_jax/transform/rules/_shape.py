@@ -115,6 +115,17 @@ def _split(operand: Operand):
     return out
 
 
+@structural("unstack", note="one weight for each entry of the axis")
+def _unstack(operand: Operand):
+    axis, shape = operand.params["axis"], operand.shape
+    kept = [i for i in range(len(shape)) if i != axis]
+    drop = Reshape(tuple(Group((i,), (j,), (shape[i],)) for j, i in enumerate(kept)))
+    return [
+        (Along(axis, functools.partial(_cut, start=i, stop=i + 1)), drop)
+        for i in range(shape[axis])
+    ]
+
+
 @structural("dynamic_slice", note="axis by axis, with the same start indices")
 def _dynamic_slice(operand: Operand):
     if operand.at != 0:
