@@ -58,8 +58,7 @@ def _weight(base: Any, slot: Slot, dtype: Any) -> Adapted:
     if role.kind == "rows":
         fixed = {"ids": jax.ShapeDtypeStruct((len(slot.ids),), jnp.int32)}
     elif role.kind == "dora":
-        shape = slot.shapes()["magnitude"]
-        fixed["norm"] = jax.ShapeDtypeStruct(shape, jnp.float32)
+        fixed["norm"] = jax.ShapeDtypeStruct(shapes["magnitude"], jnp.float32)
     adapter = Adapter({role.name: train}, {role.name: Fixed(role, fixed)})
     bound = jax.eval_shape(bind, base, adapter)
     base = base.base if isinstance(base, Adapted) else base
