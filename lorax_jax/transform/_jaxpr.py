@@ -13,6 +13,7 @@ from jax._src import source_info_util
 from jax._src.named_sharding import UNSPECIFIED
 from jax.core import Tracer
 from jax.extend import core
+from jax.interpreters import partial_eval
 
 # A jaxpr with its constants. From JAX 0.11 `ClosedJaxpr` and `Jaxpr` are one class.
 Closed = Any
@@ -33,6 +34,7 @@ __all__ = [
     "source",
     "trace",
     "unstacked",
+    "without_results",
 ]
 
 
@@ -179,6 +181,24 @@ def as_argument(kind: Any) -> jax.ShapeDtypeStruct:
 def _is_explicit(sharding: Any) -> bool:
     mesh = getattr(sharding, "mesh", None)
     return mesh is not None and not mesh.empty and bool(mesh.explicit_axes)
+
+
+def without_results(eqn: Any, unread: Sequence[bool]) -> tuple[Any, Sequence[bool]]:
+    """An equation that no longer computes some of its results, if JAX knows how.
+
+    Args:
+        eqn: the equation, a scan for instance.
+        unread: which of its results nothing reads; not all.
+
+    Returns:
+        The equation, with fewer operands and results, and which operands it still has.
+    """
+    known = partial_eval.dce_rules.get(eqn.primitive)
+    if known is not None:
+        operands, smaller = known([not skip for skip in unread], eqn)
+        if smaller is not None:
+            return smaller, operands
+    return eqn, [True] * len(eqn.invars)
 
 
 def source(eqn: Any) -> str:
