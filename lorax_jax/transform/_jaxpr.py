@@ -4,6 +4,7 @@ Written against JAX 0.10 to 0.12. Nothing else in the package imports from `jax.
 """
 
 import functools
+import inspect
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +15,10 @@ from jax._src.named_sharding import UNSPECIFIED
 from jax.core import Tracer
 from jax.extend import core
 from jax.interpreters import partial_eval
+
+_DCE_ASKS_WHAT_LIVES = (
+    "live_inputs" in inspect.signature(partial_eval.dce_jaxpr).parameters
+)
 
 # A jaxpr with its constants. From JAX 0.11 `ClosedJaxpr` and `Jaxpr` are one class.
 Closed = Any
@@ -193,12 +198,15 @@ def without_results(eqn: Any, unread: Sequence[bool]) -> tuple[Any, Sequence[boo
     Returns:
         The equation, with fewer operands and results, and which operands it still has.
     """
-    known = partial_eval.dce_rules.get(eqn.primitive)
+    everything = [True] * len(eqn.invars)
+    known: Any = partial_eval.dce_rules.get(eqn.primitive)
     if known is not None:
-        operands, smaller = known([not skip for skip in unread], eqn)
+        # Newer releases also ask which references are read later: any may be.
+        live = (everything,) if _DCE_ASKS_WHAT_LIVES else ()
+        operands, smaller = known([not skip for skip in unread], *live, eqn)
         if smaller is not None:
             return smaller, operands
-    return eqn, [True] * len(eqn.invars)
+    return eqn, everything
 
 
 def source(eqn: Any) -> str:
