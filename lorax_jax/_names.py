@@ -117,6 +117,10 @@ class NameMap:
             )
         return cls(tuple(names))
 
+    def __iter__(self) -> Iterator[Entry]:
+        """The entries of the table."""
+        return iter(self.entries)
+
     def tensor(self, path: str) -> str | None:
         """The name of the tensor at `path`, or `None` if the table has no such path."""
         return self._translate(path, 0)

@@ -9,7 +9,7 @@ of a quantized base, a probe that only watches) applies the description to its p
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import jax
 
@@ -51,9 +51,12 @@ class Reshape:
 
 @dataclasses.dataclass(frozen=True)
 class Broadcast:
-    """Old axis `i` becomes new axis `positions[i]` of `shape`; the others are new."""
+    """Old axis `i` becomes new axis `positions[i]` of `shape`; the others are new.
 
-    positions: tuple[int, ...]
+    JAX's `vmap` leaves NumPy integers among the positions.
+    """
+
+    positions: tuple[SupportsIndex, ...]
     shape: tuple[int, ...]
 
 

@@ -104,6 +104,8 @@ def interpret(
         values = [read(atom) for atom in eqn.invars]
         with _jaxpr.eqn_scope(eqn):
             if any(isinstance(value, Adapted) for value in values):
+                eqn, used = _as_read(jaxpr, index)
+                values = [v for v, use in zip(values, used, strict=True) if use]
                 results = _with_weight(run, eqn, values)
             else:
                 results = _jaxpr.bind(eqn, values)
@@ -129,6 +131,22 @@ def _last_uses(jaxpr: Any) -> dict[int, list[Any]]:
                 seen.add(atom)
                 last.setdefault(index, []).append(atom)
     return last
+
+
+@_jaxpr.keyed_by_jaxpr
+def _as_read(jaxpr: Any, index: int) -> tuple[Any, Sequence[bool]]:
+    """An equation less the results that nothing reads, and which operands it takes.
+
+    Such a result may be a weight in a form that has no factors. `nnx.scan`, for one,
+    stacks the state of every layer again, weights that did not change among it.
+    """
+    jaxpr = jaxpr()
+    eqn = jaxpr.eqns[index]
+    dead = _last_uses(jaxpr).get(index, ())
+    unread = [v in dead for v in eqn.outvars]
+    if not any(unread) or all(unread):
+        return eqn, [True] * len(eqn.invars)
+    return _jaxpr.without_results(eqn, unread)
 
 
 # Where in the user's program the innermost enclosing call stands: equations inside a

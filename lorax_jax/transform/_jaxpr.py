@@ -4,6 +4,7 @@ Written against JAX 0.10 to 0.12. Nothing else in the package imports from `jax.
 """
 
 import functools
+import inspect
 import os
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,11 @@ from jax._src import source_info_util
 from jax._src.named_sharding import UNSPECIFIED
 from jax.core import Tracer
 from jax.extend import core
+from jax.interpreters import partial_eval
+
+_DCE_ASKS_WHAT_LIVES = (
+    "live_inputs" in inspect.signature(partial_eval.dce_jaxpr).parameters
+)
 
 # A jaxpr with its constants. From JAX 0.11 `ClosedJaxpr` and `Jaxpr` are one class.
 Closed = Any
@@ -40,6 +46,7 @@ __all__ = [
     "source",
     "trace",
     "unstacked",
+    "without_results",
 ]
 
 
@@ -211,6 +218,27 @@ _MACHINERY = tuple(
         Path(jaxtyping.__file__).parent,
     )
 )
+
+
+def without_results(eqn: Any, unread: Sequence[bool]) -> tuple[Any, Sequence[bool]]:
+    """An equation that no longer computes some of its results, if JAX knows how.
+
+    Args:
+        eqn: the equation, a scan for instance.
+        unread: which of its results nothing reads; not all.
+
+    Returns:
+        The equation, with fewer operands and results, and which operands it still has.
+    """
+    everything = [True] * len(eqn.invars)
+    known: Any = partial_eval.dce_rules.get(eqn.primitive)
+    if known is not None:
+        # Newer releases also ask which references are read later: any may be.
+        live = (everything,) if _DCE_ASKS_WHAT_LIVES else ()
+        operands, smaller = known([not skip for skip in unread], *live, eqn)
+        if smaller is not None:
+            return smaller, operands
+    return eqn, everything
 
 
 def source(eqn: Any) -> str:

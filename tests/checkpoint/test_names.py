@@ -161,3 +161,8 @@ def test_the_closest_names():
         [("a", "model.norm.weight", "same"), ("b", "lm_head.weight", "same")]
     )
     assert names.closest("norm.weight", 1) == ["model.norm.weight"]
+
+
+def test_its_entries_are_what_it_iterates_over():
+    entries = [("h/{i}/w", "h.{i}.w.weight", "same"), ("n", "n.weight", "same")]
+    assert list(NameMap(tuple(entries))) == entries
