@@ -6,7 +6,6 @@ from typing import cast
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from ..structure import (
     Along,
@@ -16,8 +15,9 @@ from ..structure import (
     Scale,
     Unstructured,
     Use,
-    arrange,
-    product,
+    group_count,
+    keep_groups,
+    outer,
     wide,
 )
 from ._base import Term
@@ -34,7 +34,8 @@ class LowRank(Term):
     use of the weight (`x W^T`) costs the same.
 
     Attributes:
-        a: the factor along the weight's `in` axes, axes `(*batch, *in, RANK)`.
+        a: the factor along the weight's `in` axes, axes `(*batch, *in, RANK)`; of a
+            grouped kernel, `(*batch, *in, GROUP, RANK)`.
         b: the factor along its `out` axes, axes `(*batch, RANK, *out)`.
         scale: the multiplier $s$, along no axis or along some batch axes.
         key: PRNG keys for dropout, along no axis or some batch axes; `None` is off.
@@ -67,22 +68,18 @@ class LowRank(Term):
 
     def delta(self, x: jax.Array, op: Bilinear, like: jax.Array) -> jax.Array:
         """`op(x, s A B)`, in the shape and dtype of `like`."""
+        groups = group_count(self.a)
+        if groups not in (1, op.groups):
+            raise Unstructured(
+                f"the adapter has factors for {groups} groups of outputs, and here are "
+                + (f"{op.groups}" if op.groups > 1 else "none")
+            )
         return op.low_rank(x, self.a, self._scaled_b(), like)
 
     def dense(self, weight: jax.Array) -> jax.Array:
-        # HIGHEST: the default float32 product is TF32 or bfloat16 on accelerators.
-        axes = tuple(range(weight.ndim))
         work = wide(weight.dtype)
-        b = self._scaled_b().astype(work)
-        delta, labels = product(
-            self.a.array.astype(work),
-            self.a.axes,
-            b.array,
-            b.axes,
-            keep=set(axes),
-            precision=lax.Precision.HIGHEST,
-        )
-        return weight + arrange(delta, labels, axes, weight.shape)
+        a, b = self.a.astype(work), self._scaled_b().astype(work)
+        return weight + outer(a, b, weight.shape)
 
     def looks_up(self, axis: int) -> bool:
         if self.lookup:
@@ -95,6 +92,7 @@ class LowRank(Term):
         if isinstance(op, Along) and op.fills:
             if self.key is not None and self.key.holds(op.axis):
                 raise Unstructured("layers with dropout keys of their own are padded")
+        keep_groups(self.a, self.b, op)
         return cast(LowRank, super().apply(op))
 
     def rescale(self, op: Scale) -> "LowRank":

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 
 from .. import _paths
 from .._errors import AdapterError, closest, listing
-from ..structure import RANK, Factor
+from ..structure import GROUP, RANK, Factor
 from ._adapted import Adapted, Origin, is_weight
 from ._base import Term, Use
 from ._lora import LowRank
@@ -32,6 +32,8 @@ class Role:
         stack: how many of the batch axes are stacks of layers.
         lookup: whether the weight is an embedding table, looked up along `inputs`.
         use: the only use of a tied weight that is adapted, or `None`.
+        groups: in how many runs the outputs see inputs of their own, as in grouped
+            convolutions; each run has an A and a B.
     """
 
     path: str
@@ -41,6 +43,7 @@ class Role:
     stack: int = 0
     lookup: bool = False
     use: Use | None = None
+    groups: int = 1
 
     @property
     def name(self) -> str:
@@ -52,9 +55,31 @@ class Role:
         """The batch axes that are stacks of layers."""
         return self.batch[: self.stack]
 
+    @property
+    def grouped(self) -> tuple[int, ...]:
+        """The size of A's axis of groups, or nothing."""
+        return (self.groups,) if self.groups > 1 else ()
+
     def sizes(self, shape: Sequence[int], axes: Sequence[int]) -> tuple[int, ...]:
         """Sizes of some axes of a weight of this `shape`."""
         return tuple(shape[axis] for axis in axes)
+
+    def shapes(
+        self, shape: Sequence[int], rank: int
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of `a` and `b` of a weight of this `shape`.
+
+        >>> Role("w", inputs=(1,), outputs=(2,), batch=(0,)).shapes((3, 8, 6), 2)
+        ((3, 8, 2), (3, 2, 6))
+        >>> Role("w", inputs=(0, 1), outputs=(2,), groups=3).shapes((5, 4, 6), 2)
+        ((5, 4, 3, 2), (2, 6))
+        """
+        batch = self.sizes(shape, self.batch)
+        inputs, outputs = (
+            self.sizes(shape, self.inputs),
+            self.sizes(shape, self.outputs),
+        )
+        return (*batch, *inputs, *self.grouped, rank), (*batch, rank, *outputs)
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -206,6 +231,7 @@ def _term(
         if isinstance(weight, float) and weight == 1.0
         else (fixed["scale"] * weight)
     )
+    groups = (GROUP,) if role.groups > 1 else ()
     dropout = fixed.get("dropout")
     if key is not None and dropout is not None:
         key = Factor(dropout_keys(key, role, jnp.shape(dropout)), role.stacked)
@@ -213,7 +239,7 @@ def _term(
     else:
         key = dropout = None
     return LowRank(
-        a=_like(base, Factor(a, (*role.batch, *role.inputs, RANK))),
+        a=_like(base, Factor(a, (*role.batch, *role.inputs, *groups, RANK))),
         b=_like(base, Factor(b, (*role.batch, RANK, *role.outputs))),
         scale=Factor(scale, role.stacked),
         key=key,
@@ -289,10 +315,8 @@ def _check_shapes(base: Any, a: Any, b: Any, role: Role) -> None:
     shape = tuple(base.shape)
     if max((*role.inputs, *role.outputs, *role.batch), default=-1) >= len(shape):
         raise AdapterError(_misfit(role, shape, a, b))
-    batch = role.sizes(shape, role.batch)
-    want_a = (*batch, *role.sizes(shape, role.inputs))
-    want_b = (*batch, jnp.shape(a)[-1], *role.sizes(shape, role.outputs))
-    if jnp.shape(a)[:-1] != want_a or jnp.shape(b) != want_b:
+    rank = jnp.shape(a)[-1] if jnp.ndim(a) else 0
+    if (jnp.shape(a), jnp.shape(b)) != role.shapes(shape, rank):
         raise AdapterError(_misfit(role, shape, a, b))
 
 
@@ -308,7 +332,7 @@ def _misfit(role: Role, shape: tuple[int, ...], a: Any, b: Any) -> str:
     return (
         f"The adapter of {role.name!r} does not fit the weight there.\n"
         f"  weight  shape {shape}, in {role.inputs}, out {role.outputs}, "
-        f"batch {role.batch}\n"
+        f"batch {role.batch}, groups {role.groups}\n"
         f"  a, b    shapes {jnp.shape(a)} and {jnp.shape(b)}\n"
         "Bind it to the parameters that it was planned on."
     )

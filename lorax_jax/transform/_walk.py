@@ -224,10 +224,11 @@ class Walk:
             shape = eqn.invars[at].aval.shape
             try:
                 op, _ = rule.read(Operand(eqn, at, shape, unknown, producer))
-            except Unstructured:
-                return self.other(eqn, operands)[0]
+            except Unstructured as error:
+                return self.other(eqn, operands, str(error))[0]
             for probe in value:
-                reached.add(self.consume(probe, name, "product", op.roles))
+                found = self.consume(probe, name, "product", op.roles, op.groups)
+                reached.add(found)
         return frozenset(reached | {INPUT})
 
     def gather(self, eqn: Any, probes: Probes, indices: Any) -> Any:
@@ -257,7 +258,12 @@ class Walk:
         return out
 
     def consume(
-        self, probe: Probe, primitive: str, kind: Any, roles: dict[int, AxisRole]
+        self,
+        probe: Probe,
+        primitive: str,
+        kind: Any,
+        roles: dict[int, AxisRole],
+        groups: int = 1,
     ) -> tuple[str, Consumer]:
         leaf = self.found[probe.leaf]
         found: dict[int, AxisRole] = {}
@@ -271,7 +277,7 @@ class Walk:
                         f"`{found[axis]}` and `{role}`"
                     )
         axes = tuple(found.get(i, "batch") for i in range(len(leaf.shape)))
-        return self.note(probe, self.used(primitive, kind, axes, problem))
+        return self.note(probe, self.used(primitive, kind, axes, problem, groups))
 
     def looked_up(self, probe: Probe, primitive: str) -> tuple[str, Consumer]:
         """A lookup at constant positions, known as one now that no product came."""
@@ -288,9 +294,14 @@ class Walk:
         return frozenset(self.looked_up(probe, "gather") for probe in chosen)
 
     def used(
-        self, primitive: str, kind: Any, axes: Any = (), problem: str | None = None
+        self,
+        primitive: str,
+        kind: Any,
+        axes: Any = (),
+        problem: str | None = None,
+        groups: int = 1,
     ) -> Consumer:
-        return Consumer(kind, axes, primitive, self.source, problem)
+        return Consumer(kind, axes, primitive, self.source, problem, groups)
 
     def note(self, probe: Probe, consumer: Consumer) -> tuple[str, Consumer]:
         leaf = self.found[probe.leaf]
@@ -298,7 +309,9 @@ class Walk:
             leaf.consumers.append(consumer)
         return leaf.path, consumer
 
-    def other(self, eqn: Any, operands: list[Any]) -> list[Any]:
+    def other(
+        self, eqn: Any, operands: list[Any], problem: str | None = None
+    ) -> list[Any]:
         name = eqn.primitive.name
         flow: Flow = frozenset()
         for value in operands:
@@ -307,7 +320,7 @@ class Walk:
                     if probe.chosen:
                         flow |= {self.looked_up(probe, name)}
                     else:
-                        self.note(probe, self.used(name, "other"))
+                        self.note(probe, self.used(name, "other", problem=problem))
             else:
                 flow |= value
         return [flow] * len(eqn.outvars)

@@ -74,6 +74,6 @@ FORMS = [
         lambda w: w.dense(),
         # A packed base cannot be concatenated; this one cannot be scaled by a vector,
         # nor be constant along an axis.
-        refuses=("concatenated", "scaled", "broadcast"),
+        refuses=("concatenated", "scaled", "broadcast", "conv_prepared"),
     ),
 ]

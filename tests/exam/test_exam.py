@@ -1,6 +1,7 @@
 """The exam: every kind of adapter, on every form of base, in every layout."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,9 @@ class Case:
         self.plain = plain
         # A product in bfloat16 is as exact as bfloat16 is.
         self.dtype = jnp.bfloat16 if self.layout.name == "cast" else jnp.float32
-        self.length = max(self.layout.weight)
+        role = self.layout.role
+        summed = math.prod(role.sizes(self.layout.weight, role.inputs))
+        self.length = max(*self.layout.weight, summed)
 
     def fn(self, params, x):
         return self.layout.fn(params["w"], x)
@@ -117,9 +120,15 @@ def _delta(w, role, scale, a, b):
     def names(axes):
         return "".join(letters[axis] for axis in axes)
 
-    batch = names(role.batch)
+    batch, outputs = names(role.batch), names(role.outputs)
+    one = "r"
+    if role.groups > 1:  # an A for each output, which is that of its group
+        sizes = role.sizes(w.shape, role.outputs)
+        a = jnp.repeat(a, math.prod(sizes) // role.groups, axis=-2)
+        a = a.reshape(*a.shape[:-2], *sizes, a.shape[-1])
+        one = f"{outputs}r"
     spec = (
-        f"{batch}{names(role.inputs)}r,{batch}r{names(role.outputs)},"
+        f"{batch}{names(role.inputs)}{one},{batch}r{outputs},"
         f"{names(role.stacked)}->{letters}"
     )
     return jnp.einsum(spec, a, b, scale)

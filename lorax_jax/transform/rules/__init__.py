@@ -2,6 +2,7 @@
 
 from . import _calls as _calls
 from . import _concatenate as _concatenate
+from . import _conv as _conv
 from . import _dot_general as _dot_general
 from . import _gather as _gather
 from . import _scan as _scan
