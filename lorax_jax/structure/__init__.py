@@ -29,4 +29,5 @@ from ._products import arrange as arrange
 from ._products import cost as cost
 from ._products import product as product
 from ._products import wide as wide
+from ._ragged import Ragged as Ragged
 from ._take import Take as Take

@@ -29,6 +29,7 @@ class Layout:
         role: roles of the weight's axes.
         ids: whether the input holds integers below `ROWS`.
         depth: how many products lie one behind the other.
+        maps: whether JAX can `vmap` the model over one of its arguments alone.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Layout:
     role: Role
     ids: bool = False
     depth: int = 1
+    maps: bool = True
 
 
 def _role(inputs, outputs, batch=(), **kwargs):
@@ -180,6 +182,35 @@ def _conv_prepared(w, x):
         w[::-1] * columns[None, None, None, :], ((0, 0), (1, 0), (0, 0), (0, 0))
     )
     return _conv(strides=2)(w, x)
+
+
+def _ragged(w, x):
+    """Rows in groups, one of them empty."""
+    return lax.ragged_dot(x, w, jnp.array([2, 0, 5]))
+
+
+def _ragged_transposed(w, x):
+    numbers = lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), [0], [0])
+    return lax.ragged_dot_general(x, w, jnp.array([2, 1, 4]), numbers)
+
+
+def _ragged_batch(w, x):
+    sizes = jnp.array([[2, 0, 5], [3, 3, 1]])
+    return jax.vmap(lax.ragged_dot)(x, w, sizes)
+
+
+def _ragged_experts(w, x):
+    """Tokens sorted by their expert, multiplied group by group, and put back."""
+    expert = jnp.argmax(x[:, : len(w)], axis=-1)
+    order = jnp.argsort(expert)
+    sizes = jnp.bincount(expert, length=len(w))
+    return jnp.tanh(lax.ragged_dot(x[order], w, sizes))[jnp.argsort(order)]
+
+
+def _ragged_scan(w, x):
+    sizes = jnp.array([2, 1, 4])
+    step = jax.checkpoint(lambda x, w: jnp.tanh(lax.ragged_dot(x, w, sizes)))
+    return lax.scan(lambda x, w: (step(x, w), None), x, w)[0]
 
 
 def _tied(w, x):
@@ -419,5 +450,46 @@ LAYOUTS = [
         (BATCH, 8, 4),
         _role((1, 2), (3,), (0,), stack=1, groups=2),
         depth=3,
+    ),
+    Layout(
+        "ragged",
+        _ragged,
+        (3, D, OUT),
+        (7, D),
+        _role((1,), (2,), (0,)),
+        maps=False,
+    ),
+    Layout(
+        "ragged_transposed",
+        _ragged_transposed,
+        (3, OUT, D),
+        (7, D),
+        _role((2,), (1,), (0,)),
+        maps=False,
+    ),
+    Layout(
+        "ragged_batch",
+        _ragged_batch,
+        (2, 3, D, OUT),
+        (2, 7, D),
+        _role((2,), (3,), (0, 1)),
+        maps=False,
+    ),
+    Layout(
+        "ragged_experts",
+        _ragged_experts,
+        (3, D, OUT),
+        (7, D),
+        _role((1,), (2,), (0,)),
+        maps=False,
+    ),
+    Layout(
+        "ragged_scan",
+        _ragged_scan,
+        (2, 3, D, D),
+        (7, D),
+        _role((2,), (3,), (0, 1), stack=1),
+        depth=2,
+        maps=False,
     ),
 ]

@@ -5,5 +5,6 @@ from . import _concatenate as _concatenate
 from . import _conv as _conv
 from . import _dot_general as _dot_general
 from . import _gather as _gather
+from . import _ragged as _ragged
 from . import _scan as _scan
 from . import _shape as _shape
