@@ -6,12 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ._axes import GROUP, RANK, Label, Unstructured
 from ._bilinear import AxisRole, Bilinear, down_and_up
 from ._factor import Factor
 from ._groups import MEMBER, apart, together
-from ._products import OperandLabel, arrange, product
+from ._products import OperandLabel, arrange, product, product_labels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,23 +130,29 @@ class Conv(Bilinear):
                 second = apart(second, (self.out_axis,), self.groups)
         with jax.named_scope("lora_down"):
             kernel = self._kernel(first, (self.in_axis,), down)
-            t = self._convolve(x, kernel)
+            t = self._convolve(
+                x, kernel, out_sharding=self._place(self._labels("channel"))
+            )
             if self.groups > 1:
                 t = t.reshape(*t.shape[:at], self.groups, -1, *t.shape[at + 1 :])
         with jax.named_scope("lora_up"):
-            wanted = self._labels(*channel)
+            wanted, labels = self._labels(*channel), self._labels(*down)
+            made = product_labels(labels, second.axes, set(wanted))
             t, labels = product(
                 t,
-                self._labels(*down),
+                labels,
                 second.array,
                 second.axes,
                 keep=set(wanted),
                 precision=self.precision,
                 output_dtype=self.output_dtype,
+                out_sharding=self._place(made),
             )
             t = arrange(t, labels, wanted, shape)
             if self.groups > 1:
                 t = together(t, at, like.shape[at])
+                if self.out_sharding is not None:
+                    t = jax.sharding.reshard(t, self.out_sharding)
             return t.astype(like.dtype)
 
     def _window_last(
@@ -161,6 +168,7 @@ class Conv(Bilinear):
         wanted = tuple((here | {at: RANK})[i] for i in range(x.ndim))
         rank = second.array.shape[second.axes.index(RANK)]
         with jax.named_scope("lora_down"):
+            made = product_labels(labels, first.axes, set(wanted))
             t, t_labels = product(
                 x,
                 labels,
@@ -168,13 +176,40 @@ class Conv(Bilinear):
                 first.axes,
                 keep=set(wanted),
                 precision=self.precision,
+                out_sharding=self._place(made, x, labels),
             )
             shape = tuple(rank if i == at else n for i, n in enumerate(x.shape))
             t = arrange(t, t_labels, wanted, shape)
         with jax.named_scope("lora_up"):
             kernel = self._kernel(second, (RANK,), (self.out_axis,))
-            t = self._convolve(t, kernel, preferred_element_type=self.output_dtype)
+            t = self._convolve(
+                t,
+                kernel,
+                preferred_element_type=self.output_dtype,
+                out_sharding=self.out_sharding,
+            )
             return t.astype(like.dtype)
+
+    def _place(
+        self,
+        labels: tuple[OperandLabel, ...],
+        x: jax.Array | None = None,
+        x_labels: tuple[OperandLabel, ...] = (),
+    ) -> Any:
+        """How a thin result is laid out, where the model declares it for the dense one.
+
+        Each axis is where the dense result, or `x`, has it; the rank is replicated.
+        """
+        if self.out_sharding is None:
+            return None
+        mesh, spec = None, self.out_sharding
+        if isinstance(spec, NamedSharding):
+            mesh, spec = spec.mesh, spec.spec
+        where = dict(zip(self.out_labels, spec, strict=False))
+        if x is not None:
+            where |= dict(zip(x_labels, jax.typeof(x).sharding.spec, strict=True))
+        out = PartitionSpec(*(where.get(label) for label in labels))
+        return out if mesh is None else NamedSharding(mesh, out)
 
     def _kernel(
         self, factor: Factor, inputs: tuple[Label, ...], outputs: tuple[Label, ...]

@@ -28,8 +28,9 @@ def _ragged(operand: Operand):
             "the groups divide an axis that runs in parallel, where the weight has an "
             "entry for every index and none for every group"
         )
-    if params.get("group_offset") is not None:
-        raise Unstructured("`group_offset` is not known to the factored form")
+    for name in ("group_offset", "out_sharding"):
+        if params.get(name) is not None:
+            raise Unstructured(f"`{name}` is not known to the factored form")
     (group,) = numbers.rhs_group_dimensions
 
     def pairs(left, right):  # JAX's own `vmap` counts axes in NumPy's integers
