@@ -4,46 +4,12 @@ Each layout is a function of one weight and one input, with the roles that the a
 the weight play in it. The roles are written by hand: role inference must find the same.
 """
 
-import dataclasses
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import jax.numpy as jnp
+from convolutions import CONVOLUTIONS
 from jax import lax
-
-from lorax_jax.adapters import Role
-
-BATCH, SEQ, D, HEADS, SIZE, OUT, LAYERS, ROWS = 2, 3, 8, 2, 4, 6, 3, 11
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """One use of one weight.
-
-    Attributes:
-        name: for the test's name.
-        fn: `fn(w, x)`.
-        weight: the weight's shape.
-        x: the input's shape.
-        role: roles of the weight's axes.
-        ids: whether the input holds integers below `ROWS`.
-        depth: how many products lie one behind the other.
-        maps: whether JAX can `vmap` the model over one of its arguments alone.
-    """
-
-    name: str
-    fn: Callable[[Any, Any], Any]
-    weight: tuple[int, ...]
-    x: tuple[int, ...]
-    role: Role
-    ids: bool = False
-    depth: int = 1
-    maps: bool = True
-
-
-def _role(inputs, outputs, batch=(), **kwargs):
-    return Role("w", inputs, outputs, batch, **kwargs)
+from layout import BATCH, HEADS, LAYERS, OUT, ROWS, SEQ, SIZE, D, Layout, role_of
+from ragged import RAGGED
 
 
 def _unrolled(w, x):
@@ -147,162 +113,100 @@ def _cast(w, x):
     return (x.astype(jnp.bfloat16) @ w.astype(jnp.bfloat16)).astype(x.dtype)
 
 
-def _conv(strides=1, padding="SAME", dilation=1, lhs_dilation=1, groups=1, spec=None):
-    """A convolution in one layout, `spec` as (image, kernel, result)."""
-
-    def fn(w, x):
-        n = w.ndim - 2
-        last = f"N{'DHW'[-n:]}C", f"{'DHW'[-n:]}IO", f"N{'DHW'[-n:]}C"
-        return lax.conv_general_dilated(
-            x,
-            w,
-            (strides,) * n,
-            padding,
-            (lhs_dilation,) * n,
-            (dilation,) * n,
-            spec or last,
-            feature_group_count=groups,
-        )
-
-    return fn
-
-
-def _conv_vmapped(w, x):
-    return jax.vmap(_conv())(w, x)
-
-
-def _conv_scan(w, x):
-    return lax.scan(lambda x, w: (jnp.tanh(_conv(groups=2)(w, x)), None), x, w)[0]
-
-
-def _conv_prepared(w, x):
-    """Rescaled outputs, a flip and a window that grows."""
-    columns = jnp.arange(1.0, 7.0, dtype=w.dtype)
-    w = jnp.pad(
-        w[::-1] * columns[None, None, None, :], ((0, 0), (1, 0), (0, 0), (0, 0))
-    )
-    return _conv(strides=2)(w, x)
-
-
-def _ragged(w, x):
-    """Rows in groups, one of them empty."""
-    return lax.ragged_dot(x, w, jnp.array([2, 0, 5]))
-
-
-def _ragged_transposed(w, x):
-    numbers = lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), [0], [0])
-    return lax.ragged_dot_general(x, w, jnp.array([2, 1, 4]), numbers)
-
-
-def _ragged_batch(w, x):
-    sizes = jnp.array([[2, 0, 5], [3, 3, 1]])
-    return jax.vmap(lax.ragged_dot)(x, w, sizes)
-
-
-def _ragged_experts(w, x):
-    """Tokens sorted by their expert, multiplied group by group, and put back."""
-    expert = jnp.argmax(x[:, : len(w)], axis=-1)
-    order = jnp.argsort(expert)
-    sizes = jnp.bincount(expert, length=len(w))
-    return jnp.tanh(lax.ragged_dot(x[order], w, sizes))[jnp.argsort(order)]
-
-
-def _ragged_scan(w, x):
-    sizes = jnp.array([2, 1, 4])
-    step = jax.checkpoint(lambda x, w: jnp.tanh(lax.ragged_dot(x, w, sizes)))
-    return lax.scan(lambda x, w: (step(x, w), None), x, w)[0]
-
-
 def _tied(w, x):
     return jnp.tanh(jnp.take(w, x, axis=0)) @ w.T
 
 
 LAYOUTS = [
-    Layout("dense", lambda w, x: x @ w, (D, OUT), (BATCH, SEQ, D), _role((0,), (1,))),
+    Layout("dense", lambda w, x: x @ w, (D, OUT), (BATCH, SEQ, D), role_of((0,), (1,))),
     Layout(
-        "transposed", lambda w, x: x @ w.T, (OUT, D), (BATCH, SEQ, D), _role((1,), (0,))
+        "transposed",
+        lambda w, x: x @ w.T,
+        (OUT, D),
+        (BATCH, SEQ, D),
+        role_of((1,), (0,)),
     ),
-    Layout("vector", lambda w, x: x @ w, (D, OUT), (D,), _role((0,), (1,))),
-    Layout("weight_first", lambda w, x: w @ x, (OUT, D), (D, SEQ), _role((1,), (0,))),
+    Layout("vector", lambda w, x: x @ w, (D, OUT), (D,), role_of((0,), (1,))),
+    Layout("weight_first", lambda w, x: w @ x, (OUT, D), (D, SEQ), role_of((1,), (0,))),
     Layout(
         "heads_out",
         lambda w, x: jnp.einsum("bsd,dnh->bnsh", x, w),
         (D, HEADS, SIZE),
         (BATCH, SEQ, D),
-        _role((0,), (1, 2)),
+        role_of((0,), (1, 2)),
     ),
     Layout(
         "heads_in",
         lambda w, x: jnp.einsum("bsnh,nhd->bsd", x, w),
         (HEADS, SIZE, D),
         (BATCH, SEQ, HEADS, SIZE),
-        _role((0, 1), (2,)),
+        role_of((0, 1), (2,)),
     ),
     Layout(
         "heads_first",
         lambda w, x: jnp.einsum("bsd,ndh->bsnh", x, w),
         (HEADS, D, SIZE),
         (BATCH, SEQ, D),
-        _role((1,), (0, 2)),
+        role_of((1,), (0, 2)),
     ),
     Layout(
         "fused_kv",
         lambda w, x: jnp.einsum("bsd,ckdh->cbskh", x, w),
         (2, HEADS, D, SIZE),
         (BATCH, SEQ, D),
-        _role((2,), (0, 1, 3)),
+        role_of((2,), (0, 1, 3)),
     ),
     Layout(
         "split_heads",
         lambda w, x: x @ w.reshape(D, HEADS * SIZE),
         (D, HEADS, SIZE),
         (BATCH, SEQ, D),
-        _role((0,), (1, 2)),
+        role_of((0,), (1, 2)),
     ),
     Layout(
         "transposing_reshape",
         _transposing_reshape,
         (HEADS, D, SIZE),
         (BATCH, SEQ, D),
-        _role((1,), (0, 2)),
+        role_of((1,), (0, 2)),
     ),
     Layout(
         "experts",
         lambda w, x: jnp.einsum("ebd,edf->ebf", x, w),
         (LAYERS, D, OUT),
         (LAYERS, BATCH, D),
-        _role((1,), (2,), (0,)),
+        role_of((1,), (2,), (0,)),
     ),
     Layout(
         "block_diagonal",
         lambda w, x: jnp.einsum("...hi,hij->...hj", x, w),
         (HEADS, SIZE, SIZE),
         (BATCH, SEQ, HEADS, SIZE),
-        _role((1,), (2,), (0,)),
+        role_of((1,), (2,), (0,)),
     ),
     Layout(
         "vmapped",
         lambda w, x: jax.vmap(lambda w, x: x @ w)(w, x),
         (LAYERS, D, OUT),
         (LAYERS, BATCH, D),
-        _role((1,), (2,), (0,)),
+        role_of((1,), (2,), (0,)),
     ),
-    Layout("fused", _fused, (D, OUT), (BATCH, SEQ, D), _role((0,), (1,))),
-    Layout("concatenated", _concatenated, (D, OUT), (BATCH, D), _role((0,), (1,))),
-    Layout("scaled", _scaled, (D, OUT), (BATCH, D), _role((0,), (1,))),
-    Layout("padded", _padded, (D, OUT), (BATCH, SEQ, D), _role((0,), (1,))),
-    Layout("gathered", _gathered, (D, OUT), (BATCH, D), _role((0,), (1,))),
-    Layout("reversed", _reversed, (D, OUT), (BATCH, D), _role((0,), (1,))),
-    Layout("broadcast", _broadcast, (D, OUT), (BATCH, SEQ, D), _role((0,), (1,))),
-    Layout("cast", _cast, (D, OUT), (BATCH, D), _role((0,), (1,))),
-    Layout("nested_jit", _nested_jit, (D, OUT), (BATCH, D), _role((0,), (1,))),
-    Layout("handed_back", _conj, (D, OUT), (BATCH, D), _role((0,), (1,))),
+    Layout("fused", _fused, (D, OUT), (BATCH, SEQ, D), role_of((0,), (1,))),
+    Layout("concatenated", _concatenated, (D, OUT), (BATCH, D), role_of((0,), (1,))),
+    Layout("scaled", _scaled, (D, OUT), (BATCH, D), role_of((0,), (1,))),
+    Layout("padded", _padded, (D, OUT), (BATCH, SEQ, D), role_of((0,), (1,))),
+    Layout("gathered", _gathered, (D, OUT), (BATCH, D), role_of((0,), (1,))),
+    Layout("reversed", _reversed, (D, OUT), (BATCH, D), role_of((0,), (1,))),
+    Layout("broadcast", _broadcast, (D, OUT), (BATCH, SEQ, D), role_of((0,), (1,))),
+    Layout("cast", _cast, (D, OUT), (BATCH, D), role_of((0,), (1,))),
+    Layout("nested_jit", _nested_jit, (D, OUT), (BATCH, D), role_of((0,), (1,))),
+    Layout("handed_back", _conj, (D, OUT), (BATCH, D), role_of((0,), (1,))),
     Layout(
         "lookup",
         lambda w, x: jnp.take(w, x, axis=0),
         (ROWS, D),
         (BATCH, SEQ),
-        _role((0,), (1,), lookup=True),
+        role_of((0,), (1,), lookup=True),
         ids=True,
     ),
     Layout(
@@ -310,7 +214,7 @@ LAYOUTS = [
         lambda w, x: jnp.take(w, x, axis=1),
         (D, ROWS),
         (BATCH, SEQ),
-        _role((1,), (0,), lookup=True),
+        role_of((1,), (0,), lookup=True),
         ids=True,
     ),
     Layout(
@@ -318,7 +222,7 @@ LAYOUTS = [
         lambda w, x: w[x] * 2.0,
         (ROWS, D),
         (BATCH, SEQ),
-        _role((0,), (1,), lookup=True),
+        role_of((0,), (1,), lookup=True),
         ids=True,
     ),
     Layout(
@@ -326,7 +230,7 @@ LAYOUTS = [
         _tied,
         (ROWS, D),
         (BATCH, SEQ),
-        _role((0,), (1,), lookup=True),
+        role_of((0,), (1,), lookup=True),
         ids=True,
         depth=2,
     ),
@@ -335,7 +239,7 @@ LAYOUTS = [
         _scan,
         (LAYERS, D, D),
         (BATCH, D),
-        _role((1,), (2,), (0,), stack=1),
+        role_of((1,), (2,), (0,), stack=1),
         depth=3,
     ),
     Layout(
@@ -343,17 +247,17 @@ LAYOUTS = [
         _scan_axis_1,
         (D, LAYERS, D),
         (BATCH, D),
-        _role((0,), (2,), (1,), stack=1),
+        role_of((0,), (2,), (1,), stack=1),
         depth=3,
     ),
-    Layout("scan_const", _scan_const, (D, D), (BATCH, D), _role((0,), (1,)), depth=2),
-    Layout("scan_carry", _scan_carry, (D, D), (BATCH, D), _role((0,), (1,)), depth=2),
+    Layout("scan_const", _scan_const, (D, D), (BATCH, D), role_of((0,), (1,)), depth=2),
+    Layout("scan_carry", _scan_carry, (D, D), (BATCH, D), role_of((0,), (1,)), depth=2),
     Layout(
         "scan_jit_remat",
         _scan_jit_remat,
         (LAYERS, D, D),
         (BATCH, D),
-        _role((1,), (2,), (0,), stack=1),
+        role_of((1,), (2,), (0,), stack=1),
         depth=3,
     ),
     Layout(
@@ -361,7 +265,7 @@ LAYOUTS = [
         _unrolled,
         (LAYERS, D, D),
         (BATCH, D),
-        _role((1,), (2,), (0,), stack=1),
+        role_of((1,), (2,), (0,), stack=1),
         depth=3,
     ),
     Layout(
@@ -369,127 +273,9 @@ LAYOUTS = [
         _loop,
         (LAYERS, D, D),
         (BATCH, D),
-        _role((1,), (2,), (0,), stack=1),
+        role_of((1,), (2,), (0,), stack=1),
         depth=3,
     ),
-    Layout("conv_1d", _conv(), (3, 4, 6), (BATCH, 8, 4), _role((0, 1), (2,))),
-    Layout(
-        "conv_2d",
-        _conv(strides=2, padding=((1, 0), (0, 2))),
-        (3, 2, 4, 6),
-        (BATCH, 8, 9, 4),
-        _role((0, 1, 2), (3,)),
-    ),
-    Layout(
-        "conv_3d",
-        _conv(padding="VALID"),
-        (2, 1, 3, 4, 6),
-        (BATCH, 3, 4, 4, 4),
-        _role((0, 1, 2, 3), (4,)),
-    ),
-    Layout(
-        "conv_dilated",
-        _conv(dilation=2),
-        (3, 3, 4, 6),
-        (BATCH, 8, 8, 4),
-        _role((0, 1, 2), (3,)),
-    ),
-    Layout(
-        "conv_transposed",
-        lambda w, x: lax.conv_transpose(x, w, (2, 2), "SAME", transpose_kernel=True),
-        (3, 3, 6, 4),
-        (BATCH, 4, 4, 4),
-        _role((0, 1, 3), (2,)),
-    ),
-    Layout(
-        "conv_channels_first",
-        _conv(strides=2, spec=("NCHW", "OIHW", "NCHW")),
-        (6, 4, 3, 3),
-        (BATCH, 4, 8, 8),
-        _role((1, 2, 3), (0,)),
-    ),
-    Layout(
-        "conv_grouped",
-        _conv(strides=2, groups=2),
-        (3, 3, 2, 6),
-        (BATCH, 8, 8, 4),
-        _role((0, 1, 2), (3,), groups=2),
-    ),
-    Layout(
-        "conv_grouped_channels_first",
-        _conv(groups=3, dilation=2, spec=("NCHW", "OIHW", "NHWC")),
-        (6, 2, 3, 3),
-        (BATCH, 6, 8, 8),
-        _role((1, 2, 3), (0,), groups=3),
-    ),
-    Layout(
-        "conv_depthwise",
-        _conv(groups=4),
-        (3, 3, 1, 8),
-        (BATCH, 8, 8, 4),
-        _role((0, 1, 2), (3,), groups=4),
-    ),
-    Layout(
-        "conv_vmapped",
-        _conv_vmapped,
-        (LAYERS, 3, 4, 6),
-        (LAYERS, BATCH, 8, 4),
-        _role((1, 2), (0, 3), groups=LAYERS),
-    ),
-    Layout(
-        "conv_prepared",
-        _conv_prepared,
-        (3, 2, 4, 6),
-        (BATCH, 8, 8, 4),
-        _role((0, 1, 2), (3,)),
-    ),
-    Layout(
-        "conv_scan",
-        _conv_scan,
-        (LAYERS, 3, 2, 4),
-        (BATCH, 8, 4),
-        _role((1, 2), (3,), (0,), stack=1, groups=2),
-        depth=3,
-    ),
-    Layout(
-        "ragged",
-        _ragged,
-        (3, D, OUT),
-        (7, D),
-        _role((1,), (2,), (0,)),
-        maps=False,
-    ),
-    Layout(
-        "ragged_transposed",
-        _ragged_transposed,
-        (3, OUT, D),
-        (7, D),
-        _role((2,), (1,), (0,)),
-        maps=False,
-    ),
-    Layout(
-        "ragged_batch",
-        _ragged_batch,
-        (2, 3, D, OUT),
-        (2, 7, D),
-        _role((2,), (3,), (0, 1)),
-        maps=False,
-    ),
-    Layout(
-        "ragged_experts",
-        _ragged_experts,
-        (3, D, OUT),
-        (7, D),
-        _role((1,), (2,), (0,)),
-        maps=False,
-    ),
-    Layout(
-        "ragged_scan",
-        _ragged_scan,
-        (2, 3, D, D),
-        (7, D),
-        _role((2,), (3,), (0, 1), stack=1),
-        depth=2,
-        maps=False,
-    ),
+    *CONVOLUTIONS,
+    *RAGGED,
 ]
