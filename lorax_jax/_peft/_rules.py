@@ -59,7 +59,10 @@ def _from_peft(config: Mapping[str, Any], names: NameMap) -> dict[str, Any]:
         return result
     modules = list(names.expand(LAYERS))
     if chosen.all_linear:
-        excluded = {m: None for m in modules if chosen.excludes(m.name)}
+        # PEFT's "all-linear" takes no convolutions, and ours does.
+        excluded = {
+            m: None for m in modules if chosen.excludes(m.name) or m.layout == "conv"
+        }
         linear = [m for m in modules if _linear(m, names) and m not in excluded]
         _check_patterns(ranks, linear)
         special = [m for m in linear if _overrides(ranks, m.name)]
@@ -170,12 +173,13 @@ def _near(wanted: str, modules: Iterable[str]) -> list[str]:
 
 
 def _linear(module: Module, names: NameMap) -> bool:
-    """Whether "all-linear" takes a module: a matrix, and not the head.
+    """Whether PEFT's "all-linear" takes a module: a matrix, and not the head.
 
     A table does not say which of its `"same"` tensors are matrices. Flax calls those
     `kernel`.
     """
-    matrix = module.layout == "linear" or module.path.split("/")[-1] == "kernel"
+    named = module.path.split("/")[-1] == "kernel"
+    matrix = module.layout == "linear" or (module.layout == "same" and named)
     return matrix and module.name != names.head
 
 
@@ -253,8 +257,8 @@ def _rule(config: Any, rules: Sequence[Any], names: NameMap, module: Module) -> 
 
 
 def _hit(pattern: str, module: Module, names: NameMap) -> bool:
-    if pattern == ALL_LINEAR:
-        return _linear(module, names)
+    if pattern == ALL_LINEAR:  # ours, which takes convolutions too
+        return _linear(module, names) or module.layout == "conv"
     stacked = "".join(module.around).replace("//", "/")
     return any(re.fullmatch(pattern, path) for path in (module.path, stacked))
 

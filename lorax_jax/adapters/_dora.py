@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .._errors import AdapterError
 from ..structure import (
     RANK,
     Along,
@@ -112,8 +113,13 @@ def _times(x: jax.Array, gain: jax.Array) -> jax.Array:
 def bind_dora(site: Site):
     """`m (W + s A B) / ||W + s A B||`."""
     site.refuse_weight("DoRA")
-    low = low_rank(site)
     role, base = site.role, site.base
+    if role.groups > 1:
+        raise AdapterError(
+            f"{role.path!r} is the kernel of a grouped convolution, for which DoRA is "
+            "not defined here. Adapt it without `dora`."
+        )
+    low = low_rank(site)
     weight = base.base if isinstance(base, Adapted) else base
     # No gradient reaches the norm, so nothing is kept for it.
     a, b, scale = jax.tree.map(

@@ -2,14 +2,14 @@
 
 Files hold, for each site, PEFT's two matrices
 
-    A  (*experts, rank, d_in)     the transpose of our `a`, input axes flattened
-    B  (*experts, d_out, rank)    the transpose of our `b`, output axes flattened
+    A  (*apart, rank, d_in)     the transpose of our `a`, input axes flattened
+    B  (*apart, d_out, rank)    the transpose of our `b`, output axes flattened
 
-at the site's true rank. An adapter holds, for each leaf, all layers of a stack in one
+for what has factors of its own within it, experts and groups of a convolution, at the
+site's true rank. An adapter holds, for each leaf, all layers of a stack in one
 array, padded with zeros to the largest rank.
 """
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -45,9 +45,7 @@ def split(
     ranks = host(fixed["rank"]).reshape(-1)
     a, b = host(train["a"]), host(train["b"])
     _check(slot, a, b, ranks)
-    count, rank = len(slot.sites), a.shape[-1]
-    a = a.reshape(count, *slot.experts, math.prod(slot.inputs), rank)
-    b = b.reshape(count, *slot.experts, rank, math.prod(slot.outputs))
+    a, b = slot.matrices(a, b)
     for i, site in enumerate(slot.sites):
         if site is None:
             continue
@@ -79,22 +77,20 @@ def join(slot: Slot, matrices: Mapping[int, Matrices]) -> dict[str, jax.Array]:
     """
     count, rank = len(slot.sites), slot.rank
     dtypes = [matrix.dtype for matrix in next(iter(matrices.values()))]
-    shape_a = (count, *slot.experts, math.prod(slot.inputs), rank)
-    shape_b = (count, *slot.experts, rank, math.prod(slot.outputs))
-    a, b = np.zeros(shape_a, dtypes[0]), np.zeros(shape_b, dtypes[1])
+    d_in, d_out = slot.sides
+    a = np.zeros((count, *slot.apart, d_in, rank), dtypes[0])
+    b = np.zeros((count, *slot.apart, rank, d_out), dtypes[1])
     for i, (down, up) in matrices.items():
         a[i, ..., : down.shape[-2]] = np.swapaxes(down, -1, -2)
         b[i, ..., : up.shape[-1], :] = np.swapaxes(up, -1, -2)
-    return {
-        "a": jnp.asarray(a.reshape(slot.shape_a())),
-        "b": jnp.asarray(b.reshape(slot.shape_b())),
-    }
+    a, b = slot.arrays(a, b)
+    return {"a": jnp.asarray(a), "b": jnp.asarray(b)}
 
 
 def shapes(slot: Slot, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of A and B of a site of this rank."""
-    d_in, d_out = math.prod(slot.inputs), math.prod(slot.outputs)
-    return (*slot.experts, rank, d_in), (*slot.experts, d_out, rank)
+    d_in, d_out = slot.sides
+    return (*slot.apart, rank, d_in), (*slot.apart, d_out, rank)
 
 
 def host(array: Any) -> np.ndarray:
@@ -120,11 +116,10 @@ def host(array: Any) -> np.ndarray:
 
 def _check(slot: Slot, a: np.ndarray, b: np.ndarray, ranks: np.ndarray) -> None:
     rank = a.shape[-1] if a.ndim else 0
-    wanted_a = (*slot.layers, *slot.experts, *slot.inputs, rank)
-    wanted_b = (*slot.layers, *slot.experts, rank, *slot.outputs)
+    wanted = slot.role.shapes(slot.shape, rank)
     true = [0 if site is None else site.rank for site in slot.sites]
     found = ranks.tolist()
-    if a.shape != wanted_a or b.shape != wanted_b or found != true:
+    if (a.shape, b.shape) != wanted or found != true:
         raise AdapterError(
             f"The adapter's arrays of {slot.name!r} are not those of the plan.\n"
             f"  plan     a {slot.shape_a()}, b {slot.shape_b()}, ranks { {*true} }\n"

@@ -13,6 +13,7 @@ from .._errors import CheckpointError
 from .._names import NameMap
 from ..adapters import Adapter
 from ..planning import Plan
+from . import _kernels
 from ._factors import Matrices, shapes
 from ._files import TENSORS, AdapterFiles, open_adapter
 from ._fingerprint import differ, fingerprints
@@ -214,6 +215,9 @@ class Loading:
         site, slot, i = place
         before = len(self.missing) + len(self.misshapen) + len(self.changed)
         wanted = shapes(slot, site.rank)
+        if site.order is not None and len(site.order) == len(slot.inputs):
+            d_out = slot.sides[1]
+            wanted = _kernels.shapes(site.order, slot.inputs, d_out, site.rank)
         pairs = [(keys(site.key, table=site.table, prefix=self.prefix), wanted)]
         if site.tied is not None:
             head = keys(site.tied, table=False, prefix=self.prefix)
@@ -336,7 +340,11 @@ class Loading:
             if not np.isfinite(matrix).all()
         ]
         self.nonfinite += bad
-        return None if bad else (found[0], found[1])
+        if bad:
+            return None
+        matrices = found[0], found[1]
+        order = place.site.order
+        return matrices if order is None else _kernels.to_ours(order, matrices)
 
     def _lines(self) -> tuple[str, ...]:
         return lines(

@@ -18,6 +18,7 @@ from ..structure import Use
 from ._base_folder import BaseFolder
 from ._factors import host
 from ._files import AdapterFiles, open_adapter
+from ._kernels import order_in, order_of
 from ._keys import parse, prefix_of
 from ._load import Loading
 from ._record import FileSite, Part
@@ -45,6 +46,8 @@ class Piece:
         scale: the multiplier, a float32.
         layout: `"linear"` if the tensor is `(d_out, d_in)`, else `"same"`.
         use: the only use of a tied weight that it acts in, or `None`.
+        kernel: whether the tensor is a convolution's, `(d_out, ...)`, whose other axes
+            are flattened to `d_in` here.
     """
 
     tensor: str
@@ -54,10 +57,11 @@ class Piece:
     scale: np.float32
     layout: Layout
     use: Use | None
+    kernel: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
-        """The shape of the tensor that it fits."""
+        """The shape of the tensor that it fits, less the window of a kernel."""
         shape = self.a.shape[0], self.b.shape[1]
         return shape if self.layout == "same" else shape[::-1]
 
@@ -94,7 +98,7 @@ def pieces_of(
     found = list(_of_adapter(adapter, base, names))
     for piece in found:
         shape = base.entry(piece.source).shape
-        if shape != piece.shape:
+        if (matrix_of(shape) if piece.kernel else shape) != piece.shape:
             raise CheckpointError(
                 f"The adapter's change of {piece.tensor} has the shape {piece.shape}, "
                 f"and {base.path} has {piece.source} with {shape}. Merge it into the "
@@ -119,6 +123,12 @@ def _of_adapter(adapter: Adapter, base: BaseFolder, names: NameMap) -> Iterator[
                 "whose tensors a name table cannot list. Merge it in memory: "
                 "`lj.merge(params, adapter)`."
             )
+        if slot.role.groups > 1:
+            raise AdapterError(
+                f"{name!r} is the kernel of a convolution in {slot.role.groups} "
+                "groups, which an export has no word for. Merge it in memory: "
+                "`lj.merge(params, adapter)`."
+            )
         count, width = max(1, math.prod(slot.layers)), train["a"].shape[-1]
         a = host(train["a"]).reshape(count, -1, width)
         b = host(train["b"]).reshape(count, width, -1)
@@ -131,29 +141,42 @@ def _of_adapter(adapter: Adapter, base: BaseFolder, names: NameMap) -> Iterator[
             path = _virtual(slot, i, names)
             source = _existing(names.tensor(path) or "", base)
             tensor = f"{names.head}{_WEIGHT}" if head else source
-            layout = tensor_layout(names.layout(path) or "linear", part_of(slot))
+            part = part_of(slot)
+            order = order_of(names.layout(path), part, path)
+            layout = tensor_layout(names.layout(path) or "linear", part)
             if layout is None:
                 raise AdapterError(
                     f"The inputs {slot.role.inputs} and outputs {slot.role.outputs} of "
                     f"{name!r} alternate, so its change is no matrix of {tensor}. "
                     "Merge it in memory: `lj.merge(params, adapter)`."
                 )
+            down, up = a[i, :, : ranks[i]], b[i, : ranks[i]]
+            if order is not None:  # the inputs as the tensor has them
+                down = down.reshape(*slot.inputs, -1).transpose(*order, len(order))
+                down, layout = down.reshape(-1, ranks[i]), "linear"
             yield Piece(
                 tensor=tensor,
                 source=tensor if tensor in base and not base.tied else source,
-                a=a[i, :, : ranks[i]],
-                b=b[i, : ranks[i]],
+                a=down,
+                b=up,
                 scale=scales[i],
                 layout=layout,
                 use=slot.role.use,
+                kernel=order is not None,
             )
+
+
+def matrix_of(shape: tuple[int, ...]) -> tuple[int, int]:
+    """The shape of a kernel with everything but its outputs flattened."""
+    return shape[0], math.prod(shape[1:])
 
 
 def _slot(train: Mapping[str, Any], fixed: Fixed) -> Slot:
     """A leaf as its arrays describe it."""
     role = fixed.role
     a, b = train["a"].shape, train["b"].shape
-    shape = dict(zip((*role.batch, *role.inputs), a[:-1], strict=True))
+    held = (*role.batch, *role.inputs)
+    shape = dict(zip(held, a[: len(held)], strict=True))
     shape |= dict(zip(role.outputs, b[len(role.batch) + 1 :], strict=True))
     return Slot(role, tuple(shape[axis] for axis in range(len(shape))), None, ())
 
@@ -228,6 +251,9 @@ def _renamed(site: FileSite, names: NameMap) -> list[FileSite]:
         if path != site.key:  # the checkpoint's head is not tied
             return [replace(site, path=path, use=None, part=None, base=None)]
         return [replace(site, path=names.tied or path)]
+    if site.order is not None:  # the tensor's own axes say how it lies
+        order = order_in(names.layout(path), len(site.order))
+        return [replace(site, path=path, part=None, base=None, order=order)]
     found = []
     if site.tied is not None and (head := names.module_path(site.tied)) is not None:
         other = replace(site, path=head, key=site.tied, tied=None, table=False)
@@ -258,6 +284,8 @@ def _leaf(
     leaf = base.mapped(tensor)
     if names.layout(path) == "linear" and leaf.ndim == 2:
         leaf = leaf.T
+    if names.layout(path) == "conv" and leaf.ndim > 2:
+        leaf = leaf.transpose(*range(2, leaf.ndim), 1, 0)
     sites = files.record.sites if files.record is not None else ()
     shape = next((s.part.shape for s in sites if s.path == path and s.part), leaf.shape)
     if shape == leaf.shape or math.prod(shape) != math.prod(leaf.shape):
@@ -291,7 +319,7 @@ def _own_names(files: AdapterFiles, base: BaseFolder) -> NameMap:
     tables = set()
     for key, entry in entries.items():
         parsed = parse(key, prefix)
-        if parsed is not None and len(entry.shape) == 2:
+        if parsed is not None and len(entry.shape) >= 2:
             shapes.setdefault(parsed.module, {})[parsed.factor] = entry.shape
             if parsed.table:
                 tables.add(parsed.module)
@@ -300,9 +328,14 @@ def _own_names(files: AdapterFiles, base: BaseFolder) -> NameMap:
     for tensor in base:
         if tensor == HEAD and base.tied:
             continue  # a copy of the table, which nobody reads
-        if len(base.entry(tensor).shape) == 2 and tensor.endswith(_WEIGHT):
-            module = first + tensor.removesuffix(_WEIGHT)
-            fits[tensor] = _fits(shapes.get(module, {}), base.entry(tensor).shape)
+        shape = base.entry(tensor).shape
+        if not tensor.endswith(_WEIGHT) or len(shape) < 2:
+            continue
+        module = first + tensor.removesuffix(_WEIGHT)
+        if len(shape) > 2:  # a kernel of a convolution, as it lies
+            fits |= {tensor: {"same"}} if module in shapes else {}
+        else:
+            fits[tensor] = _fits(shapes.get(module, {}), shape)
             if module in tables or tensor.split(".")[-2] in TOKEN_TABLES:
                 fits[tensor] = {"same"}
     conv1d = base.config.get("model_type") in _CONV1D

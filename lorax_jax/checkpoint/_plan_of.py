@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from .._config import LoraConfig, Rule
 from ..adapters import Adapter, Fixed
-from ..planning import Plan, Site, Slot
+from ..planning import Plan, Site, Slot, parameters
 from ._factors import Matrices, join
 from ._resolve import Tree
 from ._sites import Placed
@@ -138,9 +138,6 @@ def _site(place: Placed, rule: str) -> Site:
         index.append(left % n)
         left //= n
     kept = [axis for axis in range(len(slot.shape)) if axis not in role.stacked]
-    values = math.prod(slot.experts) * (
-        math.prod(slot.inputs) + math.prod(slot.outputs)
-    )
     return Site(
         path=site.path,
         leaf=role.path,
@@ -154,7 +151,7 @@ def _site(place: Placed, rule: str) -> Site:
         rule=rule,
         init=True,
         dropout=site.dropout,
-        trainable=site.rank * values,
+        trainable=parameters(role, slot.shape, site.rank),
     )
 
 

@@ -33,6 +33,7 @@ class Part:
         batch: axes that are neither: experts.
         lookup: whether the weight is an embedding, looked up along `inputs`.
         stack: where the layers' axes are in a stacked leaf if not in front.
+        groups: the groups of a grouped convolution, if it is one.
     """
 
     shape: tuple[int, ...]
@@ -41,6 +42,7 @@ class Part:
     batch: tuple[int, ...] = ()
     lookup: bool = False
     stack: tuple[int, ...] | None = None
+    groups: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +62,8 @@ class FileSite:
         dropout: probability of dropping an input of A.
         part: roles of the axes; `None` where the file does not say.
         base: what `fingerprints` gives for the weight that it was trained on.
+        order: of a convolution's kernel with PEFT's keys: for each axis of its A behind
+            the rank, which of our input axes it is.
         turned: where `part` is not said: our array is `(d_out, d_in)`. Not recorded.
     """
 
@@ -74,6 +78,7 @@ class FileSite:
     dropout: float
     part: Part | None = None
     base: str | None = None
+    order: tuple[int, ...] | None = None
     turned: bool = False
 
 
@@ -136,6 +141,12 @@ def decode(text: Any, what: str) -> Record:
 def _site(site: Any, what: str) -> FileSite:
     read = _Fields(site, f"The metadata of {what}")
     part = read("part", dict, optional=True)
+    axes = None if part is None else _part(part, what)
+    order = read.sizes("order") if read.fields.get("order") is not None else None
+    if order is not None:
+        count = len(order) if axes is None else len(axes.inputs)
+        if len(order) < 2 or sorted(order) != [*range(count)]:
+            raise read.bad("`order`", order)
     rank, scale, dropout = (
         read("rank", int),
         read("scale", float),
@@ -153,8 +164,9 @@ def _site(site: Any, what: str) -> FileSite:
         alpha=read("alpha", float),
         scale=scale,
         dropout=dropout,
-        part=None if part is None else _part(part, what),
+        part=axes,
         base=read("base", str, optional=True),
+        order=order,
     )
 
 
@@ -167,12 +179,16 @@ def _part(part: Any, what: str) -> Part:
         batch=read.sizes("batch"),
         lookup=read("lookup", bool),
         stack=read.sizes("stack") if part.get("stack") is not None else None,
+        groups=read("groups", int, optional=True),
     )
     axes = (*found.inputs, *found.outputs, *found.batch)
     stack = found.stack or ()
     fine = sorted(axes) == list(range(len(found.shape)))
     fine &= len({*stack}) == len(stack)
     fine &= max(stack, default=-1) < len(axes) + len(stack)
+    if found.groups is not None:
+        outputs = math.prod(found.shape[axis] for axis in found.outputs) if fine else 0
+        fine &= found.groups > 1 and outputs % max(found.groups, 1) == 0
     if not (fine and found.inputs and found.outputs):
         raise read.bad("shape and axes", (found.shape, *axes, *stack))
     return found

@@ -20,6 +20,7 @@ from ._beside import write_card, write_tokenizer
 from ._factors import Matrices, host, split
 from ._files import CONFIG, OURS, TENSORS
 from ._fingerprint import fingerprints
+from ._kernels import to_theirs
 from ._keys import PREFIX, keys
 from ._record import FileSite, Record
 from ._resolve import is_index
@@ -46,8 +47,9 @@ def save_adapter(
       `base_model.model.m.lora_A.weight`, `(r, d_in)`, our `a` transposed, and
       `base_model.model.m.lora_B.weight`, `(d_out, r)`, our `b` transposed. Embeddings
       have `.lora_embedding_A`, `(r, rows)`, and `.lora_embedding_B`. Several input or
-      output axes are flattened into one. Stacks are written layer by layer at true
-      ranks, in the dtype that they are stored in.
+      output axes are flattened into one, but for kernels of convolutions, whose A is
+      `(r, d_in, *window)` and whose B is `(d_out, r, 1, ...)`. Stacks are written layer
+      by layer at true ranks, in the dtype that they are stored in.
     - `adapter_config.json`: `r`, `lora_alpha` and patterns from which PEFT finds
       exactly these ranks and scales, and whole module names as targets.
     - `README.md`, a model card, unless there is one.
@@ -176,6 +178,8 @@ def _contents(
                 site, base=base, **_numbers(site, fixed, i, plan)
             )
             sites.append(site)
+            if site.order is not None:
+                matrices = to_theirs(site.order, slot.inputs, matrices)
             tensors |= _tensors(site, matrices, PREFIX if peft else "")
     # In the order of paths, so that stacked and unrolled models write the same file.
     return sorted(

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from .._errors import CheckpointError, closest, shorten
 from .._names import Layout, NameMap
 from ..planning import Plan, Site, Slot
+from ._kernels import order_of
 from ._record import FileSite, Part
 
 
@@ -52,7 +53,7 @@ def is_shared(plan: Plan, site: Site) -> bool:
 
 def _file_site(plan: Plan, slot: Slot, site: Site, names: NameMap | None) -> FileSite:
     table = site.role.lookup
-    tied = None
+    tied = order = None
     if names is None:
         key = f"{site.path}@{site.use}" if site.use else site.path
         table = False
@@ -63,6 +64,14 @@ def _file_site(plan: Plan, slot: Slot, site: Site, names: NameMap | None) -> Fil
                 "experts, which PEFT's keys cannot name one by one. Leave `names` out "
                 "for a file with our paths, or merge the adapter for export."
             )
+        if slot.role.groups > 1:
+            raise CheckpointError(
+                f"{site.path!r} is the kernel of a convolution in {slot.role.groups} "
+                "groups, each with an A and a B. PEFT has one A that sees all channels "
+                "there, and no place for these. Leave `names` out for a file with our "
+                "paths, or merge the adapter."
+            )
+        order = order_of(names.layout(site.path), part_of(slot), site.path)
         headless = names.module_path(names.head) is None
         shares = headless and site.path == names.tied
         if headless and names.tied is None and is_shared(plan, site):
@@ -94,6 +103,7 @@ def _file_site(plan: Plan, slot: Slot, site: Site, names: NameMap | None) -> Fil
         scale=site.scale,
         dropout=site.dropout,
         part=part_of(slot),
+        order=order,
     )
 
 
@@ -141,4 +151,5 @@ def part_of(slot: Slot) -> Part:
         batch=within(role.batch[role.stack :]),
         lookup=role.lookup,
         stack=None if in_front else role.stacked,
+        groups=role.groups if role.groups > 1 else None,
     )

@@ -23,7 +23,7 @@ from .. import _paths
 from ..adapters import Adapter, Fixed, Role
 from ..merging import merge
 from ._base_folder import BaseFolder
-from ._pieces import Piece
+from ._pieces import Piece, matrix_of
 from ._safetensors import FLOATS, Reader, Writer
 
 _CHUNK = 8 << 20  # bytes copied at a time
@@ -102,7 +102,10 @@ def merged(
     """
     result = tensor if tensor.dtype == dtype else np.empty(tensor.shape, dtype)
     turned = pieces[0][0].layout == "linear"
-    ours, out = (tensor.T, result.T) if turned else (tensor, result)  # (d_in, d_out)
+    ours, out = tensor, result
+    if pieces[0][0].kernel:
+        ours, out = (x.reshape(matrix_of(x.shape)) for x in (tensor, result))
+    ours, out = (ours.T, out.T) if turned else (ours, out)  # (d_in, d_out)
     blocks = list(_blocks(ours.shape))
     # The last block overlaps the one before, and must see the base there.
     last = _block(ours[blocks[-1]], blocks[-1], pieces, dtype, safe)

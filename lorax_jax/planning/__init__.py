@@ -6,3 +6,4 @@ from ._plan import Plan as Plan
 from ._plan import plan as plan
 from ._sites import Site as Site
 from ._sites import Slot as Slot
+from ._sites import parameters as parameters

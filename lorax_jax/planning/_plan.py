@@ -117,8 +117,9 @@ def plan(
         args: its other positional arguments, or their types.
         kwargs: its keyword arguments.
         roles: instead of `fn`, or over what it shows: path -> a dict with `inputs`,
-            `outputs` and optionally `batch` (tuples of axes) and `lookup` (`True` for
-            a table whose `inputs` axis is looked up).
+            `outputs` and optionally `batch` (tuples of axes), `lookup` (`True` for a
+            table whose `inputs` axis is looked up) and `groups` (of outputs, as in
+            grouped convolutions).
         materialize, custom: what `adapt` will be told. A plan that it would refuse
             warns (`PlanWarning`) with the reason and the way out.
 
@@ -223,4 +224,14 @@ def _declare(found: dict[str, Leaf], roles: Mapping[str, Any]) -> None:
         named |= dict.fromkeys(outputs, "out")
         kind = "lookup" if declared.get("lookup") else "product"
         whole = tuple(named.get(i, "batch") for i in range(len(leaf.shape)))
-        leaf.consumers = [Consumer(kind, whole, source="declared in `roles`")]
+        declared_here = Consumer(
+            kind, whole, source="declared in `roles`", groups=declared.get("groups", 1)
+        )
+        groups = declared_here.groups
+        if groups < 1 or leaf.size(declared_here, "out") % groups:
+            raise PlanError(
+                f"`roles[{path!r}]` has {groups} groups, into which the "
+                f"{leaf.size(declared_here, 'out')} outputs of shape {leaf.shape} do "
+                "not divide."
+            )
+        leaf.consumers = [declared_here]

@@ -47,9 +47,9 @@ def rehearse(
 def _weight(base: Any, slot: Slot, dtype: Any) -> Adapted:
     """The adapted weight, as types."""
     role = dataclasses.replace(slot.role, path="")  # a tree that is one leaf
+    shapes = slot.shapes()
     train: dict[str, Any] = {
-        name: jax.ShapeDtypeStruct(shape, dtype)
-        for name, shape in slot.shapes().items()
+        name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in shapes.items()
     }
     fixed: dict[str, Any] = {
         "scale": jax.ShapeDtypeStruct(slot.layers, jnp.float32),

@@ -17,6 +17,7 @@ import jax
 # weight does not have.
 Label = int | str
 RANK = "rank"
+GROUP = "group"
 
 
 @dataclasses.dataclass(frozen=True)

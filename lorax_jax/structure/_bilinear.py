@@ -33,6 +33,8 @@ class Bilinear(abc.ABC):
     use: ClassVar[Use] = "head"
     # Whether `x` selects entries of the weight instead of multiplying it.
     selects: ClassVar[bool] = False
+    # In how many runs the outputs see inputs of their own; see `_groups`.
+    groups: int = 1
 
     @property
     @abc.abstractmethod

@@ -1,6 +1,6 @@
 """`Factor`: an array whose axes are tied to axes of the weight it belongs to."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -114,6 +114,19 @@ class Factor:
             array = jnp.transpose(array, order)
         missing = tuple(i for i, x in enumerate(axes) if x not in self.axes)
         return jnp.expand_dims(array, missing) if missing else array
+
+    def filled(self, axes: tuple[Label, ...], sizes: Mapping[Any, int]) -> jax.Array:
+        """The values with one axis for each of `axes`, repeated where not held.
+
+        >>> Factor(jnp.ones(3), (0,)).filled((0, 1), {1: 4}).shape
+        (3, 4)
+        """
+        array = self.aligned(axes)
+        shape = tuple(
+            array.shape[i] if self.holds(axis) else sizes[axis]
+            for i, axis in enumerate(axes)
+        )
+        return jnp.broadcast_to(array, shape)
 
     def _relabel(self, names: dict[Any, int]) -> "Factor":
         return Factor(self.array, tuple(names.get(x, x) for x in self.axes))

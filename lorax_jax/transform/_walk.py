@@ -220,8 +220,8 @@ class Walk:
                 try:
                     operand = Operand(eqn, at, shape, unknown, producer)
                     ops[at], _ = rule.read(operand)
-                except Unstructured:
-                    return self.other(eqn, operands)[0]
+                except Unstructured as error:
+                    return self.other(eqn, operands, str(error))[0]
         routed = {at for at in ops if any(p.routed for p in operands[at])}
         experts = {
             at for at in routed if all(_is_expert(p, ops[at]) for p in operands[at])
@@ -246,7 +246,9 @@ class Walk:
                     for i, axes in enumerate(probe.axes):
                         if axes & chosen:
                             roles[i] = "batch"
-                    used = self.consume(probe, eqn.primitive.name, "product", roles)
+                    used = self.consume(
+                        probe, eqn.primitive.name, "product", roles, op.groups
+                    )
                     reached |= {self.note(probe, used)}
         return reached | {INPUT}
 
@@ -280,7 +282,12 @@ class Walk:
         return tuple(found)
 
     def consume(
-        self, probe: Probe, primitive: str, kind: Any, roles: dict[int, AxisRole]
+        self,
+        probe: Probe,
+        primitive: str,
+        kind: Any,
+        roles: dict[int, AxisRole],
+        groups: int = 1,
     ) -> Consumer:
         """The consumer that gives the axes of `probe` these roles, `out` by default."""
         leaf = self.found[probe.leaf]
@@ -295,7 +302,7 @@ class Walk:
                         f"`{found[axis]}` and `{role}`"
                     )
         axes = tuple(found.get(i, "batch") for i in range(len(leaf.shape)))
-        return self.used(primitive, kind, axes, problem)
+        return self.used(primitive, kind, axes, problem, groups)
 
     def looked_up(self, probe: Probe) -> Flow:
         """Settles that what indices have chosen were rows of a table."""
@@ -311,9 +318,14 @@ class Walk:
         return frozenset().union(*flows)
 
     def used(
-        self, primitive: str, kind: Any, axes: Any = (), problem: str | None = None
+        self,
+        primitive: str,
+        kind: Any,
+        axes: Any = (),
+        problem: str | None = None,
+        groups: int = 1,
     ) -> Consumer:
-        return Consumer(kind, axes, primitive, self.source, problem)
+        return Consumer(kind, axes, primitive, self.source, problem, groups)
 
     def note(self, probe: Probe, consumer: Consumer) -> tuple[str, Consumer]:
         leaf = self.found[probe.leaf]
@@ -321,7 +333,9 @@ class Walk:
             leaf.consumers.append(consumer)
         return leaf.path, consumer
 
-    def other(self, eqn: Any, operands: list[Any]) -> list[Any]:
+    def other(
+        self, eqn: Any, operands: list[Any], problem: str | None = None
+    ) -> list[Any]:
         name = eqn.primitive.name
         flow: Flow = frozenset()
         for value in operands:
@@ -330,7 +344,7 @@ class Walk:
                     if probe.rows:
                         flow |= self.looked_up(probe)
                     else:
-                        self.note(probe, self.used(name, "other"))
+                        self.note(probe, self.used(name, "other", problem=problem))
             else:
                 flow |= value
         return [flow] * len(eqn.outvars)

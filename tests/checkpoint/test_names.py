@@ -131,7 +131,7 @@ def test_which_embedding_the_head_is_tied_to(entries, kwargs, tied):
     [
         ([], "`names` is empty"),
         ([("a", "b")], r"holds \('a', 'b'\). An entry is \(path, tensor name"),
-        ([("a", "b", "transposed")], "with layout 'linear' or 'same'"),
+        ([("a", "b", "transposed")], "with layout 'linear', 'conv' or 'same'"),
         ([("a", "", "same")], "An entry is"),
         ([("a/{i}", "b", "same")], "placeholders differ"),
         ([("a/{i}", "b.{j}", "same")], "placeholders differ"),

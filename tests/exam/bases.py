@@ -78,6 +78,7 @@ FORMS = [
             "concatenated",
             "scaled",
             "broadcast",
+            "conv_prepared",
             "stack_scan",
             "stack_batched",
             "stack_expanded",

@@ -5,6 +5,7 @@ is by the slow reference.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
@@ -44,12 +45,18 @@ def delta(w, role, train, fixed):
     def names(axes):
         return "".join(letters[axis] for axis in axes)
 
-    batch = names(role.batch)
+    batch, outputs = names(role.batch), names(role.outputs)
+    a, one = train["a"], "r"
+    if role.groups > 1:  # an A for each output, which is that of its group
+        sizes = role.sizes(w.shape, role.outputs)
+        a = jnp.repeat(a, math.prod(sizes) // role.groups, axis=-2)
+        a = a.reshape(*a.shape[:-2], *sizes, a.shape[-1])
+        one = f"{outputs}r"
     spec = (
-        f"{batch}{names(role.inputs)}r,{batch}r{names(role.outputs)},"
+        f"{batch}{names(role.inputs)}{one},{batch}r{outputs},"
         f"{names(role.stacked)}->{letters}"
     )
-    return jnp.einsum(spec, train["a"], train["b"], fixed["scale"])
+    return jnp.einsum(spec, a, train["b"], fixed["scale"])
 
 
 def _lora(w, base, role, train, fixed):
@@ -127,10 +134,14 @@ def _two_rows(key, params, role):
     return [lj.Adapter({role.name: {"rows": rows}}, {role.name: fixed})]
 
 
+def _ungrouped(layout):
+    return layout.role.groups == 1
+
+
 KINDS = [
     Kind("lora", _one),
     Kind("two_lora", _two),
-    Kind("dora", _magnitudes),
-    Kind("lora_dora", _lora_then_dora),
+    Kind("dora", _magnitudes, takes=_ungrouped),
+    Kind("lora_dora", _lora_then_dora, takes=_ungrouped),
     Kind("rows", _two_rows, takes=lambda layout: layout.role.lookup),
 ]

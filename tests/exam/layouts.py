@@ -4,52 +4,14 @@ Each layout is a function of one weight and one input, with the roles that the a
 the weight play in it. The roles are written by hand: role inference must find the same.
 """
 
-import dataclasses
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import jax.numpy as jnp
+from convolutions import CONVOLUTIONS
 from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-
-from lorax_jax.adapters import Role
-
-BATCH, SEQ, D, HEADS, SIZE, OUT, LAYERS, ROWS = 2, 3, 8, 2, 4, 6, 3, 11
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """One use of one weight.
-
-    Attributes:
-        name: for the test's name.
-        fn: `fn(w, x)`.
-        weight: the weight's shape.
-        x: the input's shape.
-        role: roles of the weight's axes.
-        ids: whether the input holds integers below `ROWS`.
-        depth: how many products lie one behind the other.
-        reverse: whether JAX differentiates it backwards; not through `while`.
-    """
-
-    name: str
-    fn: Callable[[Any, Any], Any]
-    weight: tuple[int, ...]
-    x: tuple[int, ...]
-    role: Role
-    ids: bool = False
-    depth: int = 1
-    reverse: bool = True
-
-    def grad(self, fn):
-        """The gradient of `fn`, by the derivatives that the layout has."""
-        return jax.grad(fn) if self.reverse else jax.jacfwd(fn)
-
-
-def _role(inputs, outputs, batch=(), **kwargs):
-    return Role("w", inputs, outputs, batch, **kwargs)
+from layout import BATCH, HEADS, LAYERS, OUT, ROWS, SEQ, SIZE, D, Layout, role_of
+from ragged import RAGGED
 
 
 def _unrolled(w, x):
@@ -285,6 +247,10 @@ def _broadcast(w, x):
     return jnp.einsum("bsd,bdf->bsf", x, many)
 
 
+def _transposing_reshape(w, x):
+    return x @ lax.reshape(w, (HEADS * SIZE, D), dimensions=(0, 2, 1)).T
+
+
 def _cast(w, x):
     return (x.astype(jnp.bfloat16) @ w.astype(jnp.bfloat16)).astype(x.dtype)
 
@@ -294,84 +260,95 @@ def _tied(w, x):
 
 
 LAYOUTS = [
-    Layout("dense", lambda w, x: x @ w, (D, OUT), (BATCH, SEQ, D), _role((0,), (1,))),
+    Layout("dense", lambda w, x: x @ w, (D, OUT), (BATCH, SEQ, D), role_of((0,), (1,))),
     Layout(
-        "transposed", lambda w, x: x @ w.T, (OUT, D), (BATCH, SEQ, D), _role((1,), (0,))
+        "transposed",
+        lambda w, x: x @ w.T,
+        (OUT, D),
+        (BATCH, SEQ, D),
+        role_of((1,), (0,)),
     ),
-    Layout("vector", lambda w, x: x @ w, (D, OUT), (D,), _role((0,), (1,))),
-    Layout("weight_first", lambda w, x: w @ x, (OUT, D), (D, SEQ), _role((1,), (0,))),
+    Layout("vector", lambda w, x: x @ w, (D, OUT), (D,), role_of((0,), (1,))),
+    Layout("weight_first", lambda w, x: w @ x, (OUT, D), (D, SEQ), role_of((1,), (0,))),
     Layout(
         "heads_out",
         lambda w, x: jnp.einsum("bsd,dnh->bnsh", x, w),
         (D, HEADS, SIZE),
         (BATCH, SEQ, D),
-        _role((0,), (1, 2)),
+        role_of((0,), (1, 2)),
     ),
     Layout(
         "heads_in",
         lambda w, x: jnp.einsum("bsnh,nhd->bsd", x, w),
         (HEADS, SIZE, D),
         (BATCH, SEQ, HEADS, SIZE),
-        _role((0, 1), (2,)),
+        role_of((0, 1), (2,)),
     ),
     Layout(
         "heads_first",
         lambda w, x: jnp.einsum("bsd,ndh->bsnh", x, w),
         (HEADS, D, SIZE),
         (BATCH, SEQ, D),
-        _role((1,), (0, 2)),
+        role_of((1,), (0, 2)),
     ),
     Layout(
         "fused_kv",
         lambda w, x: jnp.einsum("bsd,ckdh->cbskh", x, w),
         (2, HEADS, D, SIZE),
         (BATCH, SEQ, D),
-        _role((2,), (0, 1, 3)),
+        role_of((2,), (0, 1, 3)),
     ),
     Layout(
         "split_heads",
         lambda w, x: x @ w.reshape(D, HEADS * SIZE),
         (D, HEADS, SIZE),
         (BATCH, SEQ, D),
-        _role((0,), (1, 2)),
+        role_of((0,), (1, 2)),
+    ),
+    Layout(
+        "transposing_reshape",
+        _transposing_reshape,
+        (HEADS, D, SIZE),
+        (BATCH, SEQ, D),
+        role_of((1,), (0, 2)),
     ),
     Layout(
         "experts",
         lambda w, x: jnp.einsum("ebd,edf->ebf", x, w),
         (LAYERS, D, OUT),
         (LAYERS, BATCH, D),
-        _role((1,), (2,), (0,)),
+        role_of((1,), (2,), (0,)),
     ),
     Layout(
         "block_diagonal",
         lambda w, x: jnp.einsum("...hi,hij->...hj", x, w),
         (HEADS, SIZE, SIZE),
         (BATCH, SEQ, HEADS, SIZE),
-        _role((1,), (2,), (0,)),
+        role_of((1,), (2,), (0,)),
     ),
     Layout(
         "vmapped",
         lambda w, x: jax.vmap(lambda w, x: x @ w)(w, x),
         (LAYERS, D, OUT),
         (LAYERS, BATCH, D),
-        _role((1,), (2,), (0,)),
+        role_of((1,), (2,), (0,)),
     ),
-    Layout("fused", _fused, (D, OUT), (BATCH, SEQ, D), _role((0,), (1,))),
-    Layout("concatenated", _concatenated, (D, OUT), (BATCH, D), _role((0,), (1,))),
-    Layout("scaled", _scaled, (D, OUT), (BATCH, D), _role((0,), (1,))),
-    Layout("padded", _padded, (D, OUT), (BATCH, SEQ, D), _role((0,), (1,))),
-    Layout("gathered", _gathered, (D, OUT), (BATCH, D), _role((0,), (1,))),
-    Layout("reversed", _reversed, (D, OUT), (BATCH, D), _role((0,), (1,))),
-    Layout("broadcast", _broadcast, (D, OUT), (BATCH, SEQ, D), _role((0,), (1,))),
-    Layout("cast", _cast, (D, OUT), (BATCH, D), _role((0,), (1,))),
-    Layout("nested_jit", _nested_jit, (D, OUT), (BATCH, D), _role((0,), (1,))),
-    Layout("handed_back", _conj, (D, OUT), (BATCH, D), _role((0,), (1,))),
+    Layout("fused", _fused, (D, OUT), (BATCH, SEQ, D), role_of((0,), (1,))),
+    Layout("concatenated", _concatenated, (D, OUT), (BATCH, D), role_of((0,), (1,))),
+    Layout("scaled", _scaled, (D, OUT), (BATCH, D), role_of((0,), (1,))),
+    Layout("padded", _padded, (D, OUT), (BATCH, SEQ, D), role_of((0,), (1,))),
+    Layout("gathered", _gathered, (D, OUT), (BATCH, D), role_of((0,), (1,))),
+    Layout("reversed", _reversed, (D, OUT), (BATCH, D), role_of((0,), (1,))),
+    Layout("broadcast", _broadcast, (D, OUT), (BATCH, SEQ, D), role_of((0,), (1,))),
+    Layout("cast", _cast, (D, OUT), (BATCH, D), role_of((0,), (1,))),
+    Layout("nested_jit", _nested_jit, (D, OUT), (BATCH, D), role_of((0,), (1,))),
+    Layout("handed_back", _conj, (D, OUT), (BATCH, D), role_of((0,), (1,))),
     Layout(
         "lookup",
         lambda w, x: jnp.take(w, x, axis=0),
         (ROWS, D),
         (BATCH, SEQ),
-        _role((0,), (1,), lookup=True),
+        role_of((0,), (1,), lookup=True),
         ids=True,
     ),
     Layout(
@@ -379,7 +356,7 @@ LAYOUTS = [
         lambda w, x: jnp.take(w, x, axis=1),
         (D, ROWS),
         (BATCH, SEQ),
-        _role((1,), (0,), lookup=True),
+        role_of((1,), (0,), lookup=True),
         ids=True,
     ),
     Layout(
@@ -387,7 +364,7 @@ LAYOUTS = [
         lambda w, x: w[x] * 2.0,
         (ROWS, D),
         (BATCH, SEQ),
-        _role((0,), (1,), lookup=True),
+        role_of((0,), (1,), lookup=True),
         ids=True,
     ),
     Layout(
@@ -395,7 +372,7 @@ LAYOUTS = [
         _tied,
         (ROWS, D),
         (BATCH, SEQ),
-        _role((0,), (1,), lookup=True),
+        role_of((0,), (1,), lookup=True),
         ids=True,
         depth=2,
     ),
@@ -404,7 +381,7 @@ LAYOUTS = [
         _scan,
         (LAYERS, D, D),
         (BATCH, D),
-        _role((1,), (2,), (0,), stack=1),
+        role_of((1,), (2,), (0,), stack=1),
         depth=3,
     ),
     Layout(
@@ -412,29 +389,29 @@ LAYOUTS = [
         _scan_axis_1,
         (D, LAYERS, D),
         (BATCH, D),
-        _role((0,), (2,), (1,), stack=1),
+        role_of((0,), (2,), (1,), stack=1),
         depth=3,
     ),
-    Layout("scan_const", _scan_const, (D, D), (BATCH, D), _role((0,), (1,)), depth=2),
-    Layout("scan_carry", _scan_carry, (D, D), (BATCH, D), _role((0,), (1,)), depth=2),
-    Layout("cond", _cond, (D, OUT), (BATCH, D), _role((0,), (1,))),
+    Layout("scan_const", _scan_const, (D, D), (BATCH, D), role_of((0,), (1,)), depth=2),
+    Layout("scan_carry", _scan_carry, (D, D), (BATCH, D), role_of((0,), (1,)), depth=2),
+    Layout("cond", _cond, (D, OUT), (BATCH, D), role_of((0,), (1,))),
     Layout(
         "switch",
         _switch,
         (LAYERS, D, OUT),
         (BATCH, D),
-        _role((1,), (2,), (0,), stack=1),
+        role_of((1,), (2,), (0,), stack=1),
     ),
-    Layout("cond_weight", _cond_weight, (D, OUT), (BATCH, D), _role((0,), (1,))),
+    Layout("cond_weight", _cond_weight, (D, OUT), (BATCH, D), role_of((0,), (1,))),
     Layout(
-        "while", _while, (D, D), (BATCH, D), _role((0,), (1,)), depth=3, reverse=False
+        "while", _while, (D, D), (BATCH, D), role_of((0,), (1,)), depth=3, reverse=False
     ),
     Layout(
         "while_const",
         _while_const,
         (D, D),
         (BATCH, D),
-        _role((0,), (1,)),
+        role_of((0,), (1,)),
         depth=2,
         reverse=False,
     ),
@@ -443,56 +420,60 @@ LAYOUTS = [
         _associative_scan,
         (D, D),
         (BATCH, SEQ, D),
-        _role((0,), (1,)),
+        role_of((0,), (1,)),
         depth=2,
     ),
-    Layout("stack_scan", _stack_scan, (D, D), (BATCH, D), _role((0,), (1,)), depth=4),
-    Layout("stack_batched", _stack_batched, (D, OUT), (2, BATCH, D), _role((0,), (1,))),
-    Layout("stack_expanded", _stack_expanded, (D, OUT), (BATCH, D), _role((0,), (1,))),
+    Layout("stack_scan", _stack_scan, (D, D), (BATCH, D), role_of((0,), (1,)), depth=4),
+    Layout(
+        "stack_batched", _stack_batched, (D, OUT), (2, BATCH, D), role_of((0,), (1,))
+    ),
+    Layout(
+        "stack_expanded", _stack_expanded, (D, OUT), (BATCH, D), role_of((0,), (1,))
+    ),
     Layout(
         "concatenated_experts",
         _concatenated_experts,
         (LAYERS, D, OUT),
         (LAYERS + 1, BATCH, D),
-        _role((1,), (2,), (0,)),
+        role_of((1,), (2,), (0,)),
     ),
     Layout(
         "split_experts",
         _split_experts,
         (LAYERS, D, OUT),
         (BATCH, D),
-        _role((1,), (2,), (0,), stack=1),
+        role_of((1,), (2,), (0,), stack=1),
     ),
-    Layout("buffer", _buffer, (D, D), (BATCH, D), _role((0,), (1,)), depth=3),
-    Layout("overwritten", _overwritten, (D, OUT), (BATCH, D), _role((0,), (1,))),
+    Layout("buffer", _buffer, (D, D), (BATCH, D), role_of((0,), (1,)), depth=3),
+    Layout("overwritten", _overwritten, (D, OUT), (BATCH, D), role_of((0,), (1,))),
     Layout(
         "swapped_experts",
         _swapped_experts,
         (LAYERS, D, OUT),
         (LAYERS, BATCH, D),
-        _role((1,), (2,), (0,)),
+        role_of((1,), (2,), (0,)),
     ),
     Layout(
         "top_1",
         _top_1,
         (LAYERS, D, OUT),
         (BATCH, SEQ, D),
-        _role((1,), (2,), (0,)),
+        role_of((1,), (2,), (0,)),
     ),
-    Layout("top_k", _top_k, (LAYERS, D, OUT), (BATCH, D), _role((1,), (2,), (0,))),
+    Layout("top_k", _top_k, (LAYERS, D, OUT), (BATCH, D), role_of((1,), (2,), (0,))),
     Layout(
         "top_k_middle",
         _top_k_middle,
         (D, LAYERS, OUT),
         (BATCH, D),
-        _role((0,), (2,), (1,)),
+        role_of((0,), (2,), (1,)),
     ),
     Layout(
         "layer_and_expert",
         _layer_and_expert,
         (LAYERS, HEADS, D, D),
         (BATCH, D),
-        _role((2,), (3,), (0, 1)),
+        role_of((2,), (3,), (0, 1)),
         depth=3,
     ),
     Layout(
@@ -500,15 +481,15 @@ LAYOUTS = [
         _vmapped_choice,
         (LAYERS, HEADS, D, OUT),
         (LAYERS, D),
-        _role((2,), (3,), (0, 1)),
+        role_of((2,), (3,), (0, 1)),
     ),
-    Layout("shard_map", _shard_map, (D, OUT), (BATCH, D), _role((0,), (1,))),
+    Layout("shard_map", _shard_map, (D, OUT), (BATCH, D), role_of((0,), (1,))),
     Layout(
         "scan_jit_remat",
         _scan_jit_remat,
         (LAYERS, D, D),
         (BATCH, D),
-        _role((1,), (2,), (0,), stack=1),
+        role_of((1,), (2,), (0,), stack=1),
         depth=3,
     ),
     Layout(
@@ -516,7 +497,7 @@ LAYOUTS = [
         _unrolled,
         (LAYERS, D, D),
         (BATCH, D),
-        _role((1,), (2,), (0,), stack=1),
+        role_of((1,), (2,), (0,), stack=1),
         depth=3,
     ),
     Layout(
@@ -524,7 +505,9 @@ LAYOUTS = [
         _loop,
         (LAYERS, D, D),
         (BATCH, D),
-        _role((1,), (2,), (0,), stack=1),
+        role_of((1,), (2,), (0,), stack=1),
         depth=3,
     ),
+    *CONVOLUTIONS,
+    *RAGGED,
 ]

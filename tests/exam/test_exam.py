@@ -1,6 +1,7 @@
 """The exam: every kind of adapter, on every form of base, in every layout."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,9 @@ class Case:
         self.plain = plain
         # A product in bfloat16 is as exact as bfloat16 is.
         self.dtype = jnp.bfloat16 if self.layout.name == "cast" else jnp.float32
-        self.length = max(self.layout.weight)
+        role = self.layout.role
+        summed = math.prod(role.sizes(self.layout.weight, role.inputs))
+        self.length = max(*self.layout.weight, summed)
 
     def fn(self, params, x):
         return self.layout.fn(params["w"], x)
@@ -72,9 +75,17 @@ def case(request):
     return Case(*request.param)
 
 
-exam = pytest.mark.parametrize(
-    "case", [pytest.param(p.values, id=p.id) for p in _cases()], indirect=True
-)
+def _exam(*wanted):
+    """A question of the exam, for the layouts of which all that is `wanted` is true."""
+    cases = [
+        pytest.param(p.values, id=p.id)
+        for p in _cases()
+        if all(getattr(p.values[0], field) for field in wanted)
+    ]
+    return pytest.mark.parametrize("case", cases, indirect=True)
+
+
+exam, exam_of_maps = _exam(), _exam("maps")
 
 
 @exam
@@ -173,7 +184,7 @@ def test_eager_call_traces_once(case):
     assert counted.calls == 1
 
 
-@exam
+@exam_of_maps
 def test_vmap_over_adapters(case):
     """A leading axis on the adapters alone: one base, many adapters."""
     many = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), case.adapters)
@@ -189,7 +200,7 @@ def test_vmap_over_adapters(case):
         case.close(row, run(one, case.x), factor=8)
 
 
-@exam
+@exam_of_maps
 def test_vmap_over_inputs(case):
     """A leading axis on the input alone."""
     many = jnp.stack([case.x, case.x[::-1]])
@@ -198,6 +209,18 @@ def test_vmap_over_inputs(case):
     for i in range(2):
         row = jax.tree.map(lambda leaf, i=i: leaf[i], got)
         case.close(row, adapted(case.bound(), many[i]))
+
+
+@pytest.mark.parametrize(
+    "layout", [la for la in LAYOUTS if not la.maps], ids=lambda layout: layout.name
+)
+def test_what_jax_cannot_map(layout):
+    """JAX maps no ragged product over one of its arguments: not the model's either."""
+    case = Case(layout, KINDS[0], FORMS[0])
+    many = jnp.stack([case.x, case.x])
+    for fn, params in ((case.fn, case.plain), (lj.adapt(case.fn), case.bound())):
+        with pytest.raises(NotImplementedError, match="ragged_dot vmap"):
+            jax.vmap(fn, in_axes=(None, 0))(params, many)
 
 
 @exam

@@ -1,14 +1,17 @@
 """Explicit sharding, automatic sharding and `shard_map`, on eight devices."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import assert_close
+from helpers import assert_close, random_adapter
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lorax_jax as lj
 from lorax_jax._errors import TransformError
+from lorax_jax.adapters import Role
 
 SPECS = {"emb": P(None, None), "up": P(None, "model"), "down": P("model", None)}
 
@@ -213,3 +216,53 @@ def test_a_mapped_function_that_hands_back_a_weight_is_refused(key):
     bound = lj.bind(params, lj.init(plan, params, key=key))
     with pytest.raises(TransformError, match="mapped function hands back an adapted"):
         lj.adapt(fn)(bound, x)
+
+
+IMAGE, KERNEL = P("data", None, None, None), P(None, None, None, "model")
+ROLE = Role("w", (0, 1, 2), (3,))
+
+
+@pytest.mark.parametrize(
+    ("x_spec", "w_spec", "out_spec", "role"),
+    [
+        (IMAGE, P(), None, ROLE),
+        (IMAGE, KERNEL, P("data", None, None, "model"), ROLE),
+        (P("data", None, None, "model"), P(None, None, "model"), IMAGE, ROLE),
+        (IMAGE, KERNEL, P("data", None, None, "model"), Role("w", (0, 1, 3), (2,))),
+        (IMAGE, P(), P("data", None, None, "model"), replace(ROLE, groups=2)),
+    ],
+    ids=["data", "outputs", "inputs", "turned", "grouped"],
+)
+def test_convolutions_under_explicit_sharding(x_spec, w_spec, out_spec, role):
+    """The thin convolution goes where `x` is, the result where the model wants it."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (8, 4, 4, 4))
+    w = jax.random.normal(keys[1], (3, 3, 4 // role.groups, 6))
+    adapter = random_adapter(keys[2], {"w": w}, [role])
+
+    def fn(params, x, out=None):
+        return jax.lax.conv_general_dilated(
+            x,
+            params["w"],
+            (1, 1),
+            "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=role.groups,
+            out_sharding=out,
+        )
+
+    expected = fn(lj.merge({"w": w}, adapter), x)
+    types = (AxisType.Explicit,) * 2
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=types)
+    with jax.set_mesh(mesh):
+        x = jax.device_put(x, NamedSharding(mesh, x_spec))
+        params = {"w": jax.device_put(w, NamedSharding(mesh, w_spec))}
+        adapter = jax.device_put(adapter, NamedSharding(mesh, P()))
+        specs = [out_spec]
+        if out_spec is not None:  # said in full, too
+            specs.append(NamedSharding(mesh, out_spec))
+        for spec in specs:
+            run = lambda p, x, spec=spec: fn(p, x, spec)  # noqa: E731
+            got = jax.jit(lj.adapt(run))(lj.bind(params, adapter), x)
+            assert jax.typeof(got).sharding == jax.typeof(run(params, x)).sharding
+            assert_close(jax.device_get(got), expected, length=36)

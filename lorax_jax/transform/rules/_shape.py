@@ -67,7 +67,11 @@ def _transpose(operand: Operand):
 
 @structural("reshape", note="within `in`, within `out` or within batch axes")
 def _reshape(operand: Operand):
-    return [(reshape(operand.shape, operand.out_shape),)]
+    order = operand.params["dimensions"]
+    if order is None:
+        return [(reshape(operand.shape, operand.out_shape),)]
+    shape = tuple(operand.shape[axis] for axis in order)  # transposed, then reshaped
+    return [(Transpose(tuple(order)), reshape(shape, operand.out_shape))]
 
 
 @structural("squeeze", note="drops axes of size 1")
