@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from ..structure import RANK, Factor, Label, Unstructured
 from ._base import Term
+from ._dora import Dora
 from ._lora import LowRank
 
 # Puts arrays together along their leading axis: side by side, or one into another.
@@ -84,6 +85,24 @@ def _low_rank(
         dropout=joined("dropout", first.dropout) if dropped else None,
         lookup=first.lookup,
         use=first.use,
+    )
+
+
+@_one.register
+def _dora(
+    first: Dora, row: Row, axis: int, sizes: Sequence[int], combine: Combine
+) -> Dora:
+    terms = [t for t in row if isinstance(t, Dora)]
+    if len(terms) < sum(term is not None for term in row):
+        raise Unstructured("adapters of different kinds are joined along an axis")
+    lows = [term.low if isinstance(term, Dora) else None for term in row]
+    # A weight without magnitudes stays as it is: its gain is 1.
+    one = Factor(jnp.ones((), first.gain.array.dtype), ())
+    gains = [term.gain if isinstance(term, Dora) else None for term in row]
+    low = _low_rank(first.low, lows, axis, sizes, combine)
+    return Dora(
+        low=low,  # pyright: ignore  (a singledispatch method forgets its result)
+        gain=_together(gains, axis, sizes, 0, combine, one),
     )
 
 

@@ -70,11 +70,13 @@ class Along:
         map: `map(array, axis)` transforms one axis of an array and leaves the others.
         fills: whether the map makes entries that are zero whatever the input was. A
             piece that is constant along the axis cannot express that.
+        among: whether entries of other weights stand where zeros are filled in.
     """
 
     axis: int
     map: Callable[[jax.Array, int], jax.Array]
     fills: bool = False
+    among: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

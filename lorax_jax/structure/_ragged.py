@@ -29,6 +29,7 @@ class Ragged(Bilinear):
         ragged: the axis of x that the groups divide.
         shape: the weight's shape.
         x_ndim: number of axes of `x`.
+        rows: size of the axis that the groups divide.
         group_sizes: rows of each group; `None` where only types are known.
         precision: as in `jax.lax.ragged_dot_general`.
         output_dtype: `preferred_element_type` of the dense product.
@@ -40,6 +41,7 @@ class Ragged(Bilinear):
     ragged: int
     shape: tuple[int, ...]
     x_ndim: int
+    rows: int
     group_sizes: Any = dataclasses.field(default=None, compare=False)
     precision: Any = None
     output_dtype: Any = None
@@ -63,6 +65,20 @@ class Ragged(Bilinear):
     def dense(self, x: jax.Array, weight: jax.Array) -> jax.Array:
         axes = tuple(range(weight.ndim))
         return self._ragged(x, self.x_labels, weight, axes, self.output_dtype)[0]
+
+    def per_output(self, factor: Factor) -> jax.Array | None:
+        if not factor.holds(self.group):
+            return super().per_output(factor)
+        # Each row of the result has the values of its group.
+        at = factor.axes.index(self.group)
+        values = jnp.repeat(
+            factor.array, self.group_sizes, axis=at, total_repeat_length=self.rows
+        )
+        label: OperandLabel = ("x", self.ragged)
+        axes = tuple(label if i == at else x for i, x in enumerate(factor.axes))
+        if not set(axes) <= set(self.out_labels):
+            return None
+        return Factor(values, axes).aligned(self.out_labels)  # pyright: ignore
 
     def low_rank(self, x: jax.Array, a: Factor, b: Factor, like: Any) -> jax.Array:
         if not jnp.issubdtype(x.dtype, jnp.floating):

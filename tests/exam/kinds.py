@@ -27,12 +27,15 @@ class Kind:
         adapters: `adapters(key, params, role)` gives the adapters to bind.
         takes: which layouts make sense for it.
         refuses: names of layouts that it refuses, with a clear error.
+        alone: whether it is one adapter. Several at once answer the questions about
+            values; the others are settled by each of them.
     """
 
     name: str
     adapters: Callable
     takes: Callable = lambda layout: True
     refuses: tuple[str, ...] = ()
+    alone: bool = True
 
     def bind(self, params, adapters):
         return lj.bind(params, *adapters)
@@ -140,8 +143,8 @@ def _ungrouped(layout):
 
 KINDS = [
     Kind("lora", _one),
-    Kind("two_lora", _two),
+    Kind("two_lora", _two, alone=False),
     Kind("dora", _magnitudes, takes=_ungrouped),
-    Kind("lora_dora", _lora_then_dora, takes=_ungrouped),
+    Kind("lora_dora", _lora_then_dora, takes=_ungrouped, alone=False),
     Kind("rows", _two_rows, takes=lambda layout: layout.role.lookup),
 ]

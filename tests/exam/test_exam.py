@@ -75,17 +75,21 @@ def case(request):
     return Case(*request.param)
 
 
-def _exam(*wanted):
-    """A question of the exam, for the layouts of which all that is `wanted` is true."""
-    cases = [
-        pytest.param(p.values, id=p.id)
-        for p in _cases()
-        if all(getattr(p.values[0], field) for field in wanted)
-    ]
+def _exam(wanted=lambda layout, kind, form: True):
+    """A question of the exam, for the cases that are `wanted`."""
+    cases = [p for p in _cases() if wanted(*p.values)]
+    cases = [pytest.param(p.values, id=p.id) for p in cases]
     return pytest.mark.parametrize("case", cases, indirect=True)
 
 
-exam, exam_of_maps = _exam(), _exam("maps")
+def _alone(layout, kind, form):
+    return kind.alone and form is FORMS[0]
+
+
+exam = _exam()
+exam_of_one = _exam(_alone)
+exam_of_maps = _exam(lambda *case: _alone(*case) and case[0].maps)
+exam_of_types = _exam(lambda layout, kind, form: kind.alone)
 
 
 @exam
@@ -124,7 +128,7 @@ def test_gradients(case):
     case.close(jax.jit(case.layout.grad(factored))(trains), expected, factor=8)
 
 
-@exam
+@exam_of_types
 def test_dtypes(case):
     """Results have the dense model's dtype and shape, whatever the factors' dtype."""
     if case.form.name != "dense":
@@ -140,7 +144,7 @@ def test_dtypes(case):
     assert adapted == expected
 
 
-@exam
+@exam_of_one
 def test_no_dense_delta(case):
     """Nothing of the weight's shape is computed from A and B."""
     jaxpr = jax.make_jaxpr(lj.adapt(case.fn))(case.bound(), case.x)
@@ -159,7 +163,7 @@ def _weight_shapes(case):
     return {shape for shape in shapes if len(shape) > 1}  # vectors are no matrices
 
 
-@exam
+@exam_of_types
 def test_no_recompilation(case):
     """Other values of A, B, scale and weight: the same compiled program."""
     adapted = lj.adapt(case.fn)
@@ -174,7 +178,7 @@ def test_no_recompilation(case):
     assert traced.calls == 1
 
 
-@exam
+@exam_of_one
 def test_eager_call_traces_once(case):
     """An eager call finds the trace of the call before."""
     counted = Counter(case.fn)
@@ -223,7 +227,7 @@ def test_what_jax_cannot_map(layout):
             jax.vmap(fn, in_axes=(None, 0))(params, many)
 
 
-@exam
+@exam_of_one
 def test_under_remat_and_scan(case):
     """Inside the caller's own `checkpoint` and `scan`, values and gradients stay."""
     adapted = lj.adapt(case.fn)

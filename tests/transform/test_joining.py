@@ -134,11 +134,8 @@ class Other(Term):
 
     inner: LowRank
 
-    def dot(self, y, x, dims):
-        return self.inner.dot(y, x, dims)
-
-    def take(self, y, rows):
-        return self.inner.take(y, rows)
+    def act(self, x, op, inner):
+        return self.inner.act(x, op, inner)
 
     def dense(self, weight):
         return self.inner.dense(weight)

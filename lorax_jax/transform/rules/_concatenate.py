@@ -73,7 +73,9 @@ def _side_by_side(eqn, operands, axis, sizes, *ops):
     alone, before = [], 0
     for size in sizes:
         config = (before, base.shape[axis] - before - size, 0)
-        alone.append(Along(axis, functools.partial(fill, config=config), fills=True))
+        alone.append(
+            Along(axis, functools.partial(fill, config=config), fills=True, among=True)
+        )
         before += size
     combine = functools.partial(lax.concatenate, dimension=0)
     terms = together(rows, sizes, axis, combine, alone)

@@ -43,6 +43,7 @@ def _ragged(operand: Operand):
         ragged=int(ragged),
         shape=operand.shape,
         x_ndim=len(operand.eqn.invars[0].aval.shape),
+        rows=operand.eqn.invars[0].aval.shape[ragged],
         group_sizes=operand.values[2],
         precision=params["precision"],
         output_dtype=params["preferred_element_type"],

@@ -128,6 +128,9 @@ def _write(run, eqn, operands):
         buffer, update = arrays
         return write(buffer, update, 0)
 
-    alone = [Along(axis, clear, fills=True), Along(axis, place, fills=True)]
+    alone = [
+        Along(axis, clear, fills=True, among=True),
+        Along(axis, place, fills=True, among=True),
+    ]
     terms = together(rows, [size, how.block], axis, combine, alone)
     return [Adapted(base, terms, origin_of(operands))]
