@@ -105,15 +105,7 @@ class Factor:
         >>> Factor(jnp.ones(3), (0,)).aligned((0, "rank", 1)).shape
         (3, 1, 1)
         """
-        if not self.axes:
-            return self.array  # a scalar broadcasts as it is
-        order = [self.axes.index(x) for x in axes if x in self.axes]
-        assert len(order) == len(self.axes), (self.axes, axes)
-        array = self.array
-        if order != sorted(order):
-            array = jnp.transpose(array, order)
-        missing = tuple(i for i, x in enumerate(axes) if x not in self.axes)
-        return jnp.expand_dims(array, missing) if missing else array
+        return align(self.array, self.axes, axes)
 
     def filled(self, axes: tuple[Label, ...], sizes: Mapping[Any, int]) -> jax.Array:
         """The values with one axis for each of `axes`, repeated where not held.
@@ -193,6 +185,24 @@ class Factor:
         if order != sorted(order):
             array = jnp.transpose(array, order)
         return Factor(jnp.reshape(array, shape), tuple(axes))
+
+
+def align(
+    array: jax.Array, labels: Sequence[Hashable], wanted: Sequence[Hashable]
+) -> jax.Array:
+    """A labelled array with one axis for each of `wanted`, of size 1 where it has none.
+
+    >>> align(jnp.ones((3, 2)), ("a", "b"), ("b", "c", "a")).shape
+    (2, 1, 3)
+    """
+    if not labels:
+        return array  # a scalar broadcasts as it is
+    order = [labels.index(x) for x in wanted if x in labels]
+    assert len(order) == len(labels), (labels, wanted)
+    if order != sorted(order):
+        array = jnp.transpose(array, order)
+    missing = tuple(i for i, x in enumerate(wanted) if x not in labels)
+    return jnp.expand_dims(array, missing) if missing else array
 
 
 def is_factor(node: Any) -> bool:

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._axes import RANK, Label
+from ._axes import RANK, Label, Unstructured
 from ._bilinear import AxisRole, Bilinear, down_and_up
-from ._factor import Factor
+from ._factor import Factor, align
 from ._products import OperandLabel, arrange, product
 
 
@@ -69,16 +69,19 @@ class Ragged(Bilinear):
     def per_output(self, factor: Factor) -> jax.Array | None:
         if not factor.holds(self.group):
             return super().per_output(factor)
+        if self.group_sizes.ndim > 1:
+            raise Unstructured("values by group where groups differ by batch")
         # Each row of the result has the values of its group.
         at = factor.axes.index(self.group)
         values = jnp.repeat(
             factor.array, self.group_sizes, axis=at, total_repeat_length=self.rows
         )
-        label: OperandLabel = ("x", self.ragged)
-        axes = tuple(label if i == at else x for i, x in enumerate(factor.axes))
-        if not set(axes) <= set(self.out_labels):
+        labels = [
+            ("x", self.ragged) if i == at else x for i, x in enumerate(factor.axes)
+        ]
+        if not set(labels) <= set(self.out_labels):
             return None
-        return Factor(values, axes).aligned(self.out_labels)  # pyright: ignore
+        return align(values, labels, self.out_labels)
 
     def low_rank(self, x: jax.Array, a: Factor, b: Factor, like: Any) -> jax.Array:
         if not jnp.issubdtype(x.dtype, jnp.floating):

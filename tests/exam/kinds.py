@@ -137,6 +137,11 @@ def _two_rows(key, params, role):
     return [lj.Adapter({role.name: {"rows": rows}}, {role.name: fixed})]
 
 
+# Written over along inputs, where no output's gain may touch what others wrote; groups
+# of unlike sizes in every batch.
+_NO_DORA = ("overwritten", "ragged_batch")
+
+
 def _ungrouped(layout):
     return layout.role.groups == 1
 
@@ -144,7 +149,13 @@ def _ungrouped(layout):
 KINDS = [
     Kind("lora", _one),
     Kind("two_lora", _two, alone=False),
-    Kind("dora", _magnitudes, takes=_ungrouped),
-    Kind("lora_dora", _lora_then_dora, takes=_ungrouped, alone=False),
+    Kind("dora", _magnitudes, takes=_ungrouped, refuses=_NO_DORA),
+    Kind(
+        "lora_dora",
+        _lora_then_dora,
+        takes=_ungrouped,
+        refuses=_NO_DORA,
+        alone=False,
+    ),
     Kind("rows", _two_rows, takes=lambda layout: layout.role.lookup),
 ]

@@ -290,13 +290,14 @@ def test_nothing_adapted_changes_nothing(layout):
 
 
 @pytest.mark.parametrize(
-    "layout, form",
-    [(la, f) for f in FORMS for la in LAYOUTS if la.name in f.refuses],
+    "layout, kind, form",
+    [(la, KINDS[0], f) for f in FORMS for la in LAYOUTS if la.name in f.refuses]
+    + [(la, k, FORMS[0]) for k in KINDS for la in LAYOUTS if la.name in k.refuses],
     ids=lambda x: x.name,
 )
-def test_refused_combinations_are_refused_clearly(layout, form):
-    """What a form of base cannot do raises, naming the operation and the weight."""
-    case = Case(layout, KINDS[0], form)
+def test_refused_combinations_are_refused_clearly(layout, kind, form):
+    """What a base or a kind cannot do raises, naming the operation and the weight."""
+    case = Case(layout, kind, form)
     with pytest.raises(TransformError, match="cannot use an adapted weight"):
         lj.adapt(case.fn)(case.bound(), case.x)
 
