@@ -10,6 +10,7 @@ from .adapters import bind as bind
 from .transform import adapt as adapt
 from .merging import merge as merge
 from ._count import count as count
+from .auditing import audit as audit
 from ._functional import functional as functional
 from .checkpoint import save_adapter as save_adapter
 from .checkpoint import load_adapter as load_adapter

@@ -16,12 +16,20 @@ class PlanError(LoraxError, ValueError):
     """A configuration does not fit the parameters that it was planned on."""
 
 
+class PlanWarning(UserWarning):
+    """A plan names weights that the function uses in a way that `adapt` will refuse."""
+
+
 class AdapterError(LoraxError, ValueError):
     """An adapter does not fit the parameters that it is bound to."""
 
 
 class TransformError(LoraxError, TypeError):
     """A function uses an adapted weight in a way that has no factored form."""
+
+
+class AuditError(LoraxError, AssertionError):
+    """A train step fails a check of `audit`, or cannot be audited."""
 
 
 class CheckpointError(LoraxError, ValueError):

@@ -27,7 +27,7 @@ class LoadedAdapter(NamedTuple):
         receipt: what was loaded, and its plan.
     """
 
-    model: models.Model
+    model: models.Model | models.Encoder
     params: Any
     adapter: Adapter
     receipt: Receipt

@@ -4,11 +4,11 @@ import dataclasses
 import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from ._errors import ConfigError, closest
 
-Layout = Literal["linear", "same"]
+Layout = Literal["linear", "conv", "same"]
 Entry = tuple[str, str, Layout]
 
 _PLACEHOLDER = re.compile(r"\{([a-z_]+)\}")
@@ -48,7 +48,10 @@ class NameMap:
     - `"linear"`: theirs is `(d_out, d_in)`, the transpose of ours, `(d_in, d_out)`.
       Where ours has several axes on a side, `(d_in, heads, head_dim)` say, theirs has
       them flattened into one.
-    - `"same"`: the arrays are equal. Embeddings, vectors, GPT-2's `Conv1D` kernels.
+    - `"conv"`: the kernel of a convolution of any rank; theirs is
+      `(d_out, d_in, *window)`, ours `(*window, d_in, d_out)`.
+    - `"same"`: the arrays are equal. Embeddings, vectors, GPT-2's `Conv1D` kernels,
+      kernels of convolutions that lie as torch has them.
 
     `{i}` stands for the index of a layer and appears on both sides. Paths are those of
     single layers, `layers/3/attn/q_proj/kernel`, as a plan's sites carry them, so one
@@ -117,6 +120,10 @@ class NameMap:
                 "`lorax_jax.models` it is `model.names`."
             )
         return cls(tuple(names))
+
+    def __iter__(self) -> Iterator[Entry]:
+        """The entries of the table."""
+        return iter(self.entries)
 
     def tensor(self, path: str) -> str | None:
         """The name of the tensor at `path`, or `None` if the table has no such path."""
@@ -271,10 +278,10 @@ def _entry(entry: Any) -> Entry:
         and len(entry) == 3
         and all(isinstance(part, str) and part for part in entry)
     )
-    if not fine or entry[2] not in ("linear", "same"):
+    if not fine or entry[2] not in get_args(Layout):
         raise ConfigError(
             f"`names` holds {entry!r}. An entry is (path, tensor name, layout) with "
-            "layout 'linear' or 'same', e.g. ('layers/{i}/q_proj/kernel', "
+            "layout 'linear', 'conv' or 'same', e.g. ('layers/{i}/q_proj/kernel', "
             "'model.layers.{i}.self_attn.q_proj.weight', 'linear')."
         )
     ours, theirs, layout = entry

@@ -9,6 +9,7 @@ from reference import dense
 
 from lorax_jax import Adapter
 from lorax_jax.adapters import Adapted, Fixed, Role
+from lorax_jax.transform._jaxpr import equations
 
 
 def draw(key, shape, dtype=jnp.float32):
@@ -26,9 +27,8 @@ def random_adapter(key, params, roles, *, rank=3, scale=0.5, dtype=jnp.float32):
     for i, role in enumerate(roles):
         shape = params[role.path].shape
         key_a, key_b = jax.random.split(jax.random.fold_in(key, i))
-        batch = role.sizes(shape, role.batch)
-        a = draw(key_a, (*batch, *role.sizes(shape, role.inputs), rank), dtype)
-        b = draw(key_b, (*batch, rank, *role.sizes(shape, role.outputs)), dtype)
+        shape_a, shape_b = role.shapes(shape, rank)
+        a, b = draw(key_a, shape_a, dtype), draw(key_b, shape_b, dtype)
         train[role.name] = {"a": a, "b": b}
         layers = role.sizes(shape, role.stacked)
         fixed[role.name] = Fixed(
@@ -56,6 +56,7 @@ def dense_params(params, adapters):
                 role.inputs,
                 role.outputs,
                 role.batch,
+                role.groups,
             )
             out[role.path] = jnp.asarray(built, jnp.float32)
     return out
@@ -90,21 +91,10 @@ def primitives(jaxpr):
     return collections.Counter(eqn.primitive.name for eqn in equations(jaxpr))
 
 
-def equations(jaxpr):
-    """All equations of a jaxpr and of the jaxprs inside it."""
-    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for value in jax.tree.leaves(
-            list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
-        ):
-            if hasattr(value, "eqns") or hasattr(value, "jaxpr"):
-                yield from equations(value)
-
-
 def made_shapes(jaxpr):
-    """Shapes of everything that matrix products, additions and multiplications make."""
-    arithmetic = ("dot_general", "add", "add_any", "mul", "sub")
+    """Shapes of everything that products, additions and multiplications make."""
+    products = ("dot_general", "conv_general_dilated", "ragged_dot_general")
+    arithmetic = (*products, "add", "add_any", "mul", "sub")
     return collections.Counter(
         var.aval.shape
         for eqn in equations(jaxpr)

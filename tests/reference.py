@@ -7,11 +7,13 @@ adapted weights is the model on dense matrices.
 import numpy as np
 
 
-def dense(weight, a, b, scale, inputs, outputs, batch=()):
+def dense(weight, a, b, scale, inputs, outputs, batch=(), groups=1):
     """`W + s A B` for a weight whose axes have the given roles.
 
     `a` has axes `(*batch, *inputs, rank)`, `b` has `(*batch, rank, *outputs)`, and
-    `scale` one value, or one for each index of the first batch axes.
+    `scale` one value, or one for each index of the first batch axes. With `groups`,
+    `a` has an axis of groups before the rank, and the outputs, counted in row-major
+    order, take turns of one length in them.
     """
     weight = np.asarray(weight, np.float64)
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
@@ -19,7 +21,17 @@ def dense(weight, a, b, scale, inputs, outputs, batch=()):
     out = weight.copy()
     for index in np.ndindex(*(weight.shape[axis] for axis in batch)):
         s = scale[index[: scale.ndim]] if scale.ndim else scale
-        delta = s * np.tensordot(a[index], b[index], axes=1)  # (*inputs, *outputs)
+        down, up = a[index], b[index]
+        if groups == 1:
+            delta = s * np.tensordot(down, up, axes=1)  # (*inputs, *outputs)
+        else:
+            sizes = up.shape[1:]
+            flat = up.reshape(len(up), -1)
+            columns = [
+                down[..., o // (flat.shape[1] // groups), :] @ flat[:, o]
+                for o in range(flat.shape[1])
+            ]
+            delta = s * np.stack(columns, -1).reshape(*down.shape[:-2], *sizes)
         # From (*inputs, *outputs) to the order that the weight has them in.
         axes = (*inputs, *outputs)
         delta = delta.transpose(np.argsort(axes))

@@ -37,6 +37,14 @@ GPT2 = {
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
+BERT = {
+    "model_type": "bert",
+    "vocab_size": 300,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 1,
+}
 TEXT = "".join(
     f"The {animal} sat on the {thing} and {verb} all day.\n\n"
     for animal in ("cat", "dog", "owl", "hen", "fox", "newt", "yak")

@@ -63,7 +63,10 @@ def _from_peft(config: Mapping[str, Any], names: NameMap) -> dict[str, Any]:
     if chosen.targets is None:
         return result
     if chosen.all_linear:
-        excluded = {m: None for m in modules if chosen.excludes(m.name)}
+        # PEFT's "all-linear" takes no convolutions, and ours does.
+        excluded = {
+            m: None for m in modules if chosen.excludes(m.name) or m.layout == "conv"
+        }
         _check_patterns(ranks, picked)
         special = [m for m in picked if _overrides(ranks, m.name)]
         result["exclude"] = tuple(group(excluded))
@@ -155,12 +158,13 @@ def _near(wanted: str, modules: Iterable[str]) -> list[str]:
 
 
 def _linear(module: Module, names: NameMap) -> bool:
-    """Whether "all-linear" takes a module: a matrix, and not the head.
+    """Whether PEFT's "all-linear" takes a module: a matrix, and not the head.
 
     A table does not say which of its `"same"` tensors are matrices. Flax calls those
     `kernel`.
     """
-    matrix = module.layout == "linear" or module.path.split("/")[-1] == "kernel"
+    named = module.path.split("/")[-1] == "kernel"
+    matrix = module.layout == "linear" or (module.layout == "same" and named)
     return matrix and module.name != names.head
 
 
@@ -243,7 +247,9 @@ def _rule(config: Any, rules: Sequence[Any], names: NameMap, module: Module) -> 
 
 
 def _hit(pattern: str, module: Module, names: NameMap) -> bool:
-    return _linear(module, names) if pattern == ALL_LINEAR else takes(pattern, module)
+    if pattern == ALL_LINEAR:  # ours, which takes convolutions too
+        return _linear(module, names) or module.layout == "conv"
+    return takes(pattern, module)
 
 
 def _place_tie(

@@ -10,6 +10,7 @@ from ..structure import (
     AxisOp,
     Bilinear,
     Factor,
+    Pick,
     Scale,
     Unstructured,
     Use,
@@ -81,8 +82,11 @@ class Term(abc.ABC):
         """
         if isinstance(op, Scale):
             return self.rescale(op)
-        if isinstance(op, Along) and op.fills:
-            if not any(factor.holds(op.axis) for factor in self.factors()):
+        filled: tuple[int, ...] = ()
+        if isinstance(op, Along | Pick) and op.fills:
+            filled = (op.axis,) if isinstance(op, Along) else op.axes
+        for axis in filled:
+            if not any(factor.holds(axis) for factor in self.factors()):
                 raise Unstructured("a padded axis is one that no factor runs along")
         return jax.tree.map(lambda f: f.apply(op), self, is_leaf=is_factor)
 

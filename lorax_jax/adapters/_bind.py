@@ -1,5 +1,6 @@
 """`bind`: how adapters meet the parameters."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from .. import _paths
 from .._errors import AdapterError, closest, listing
 from ._adapted import Adapted, is_weight
 from ._kind import KINDS, Site
+from ._random import as_key
 from ._role import Adapter, Fixed, Role
 
 
@@ -61,10 +63,13 @@ def bind(
             f"`weights` has {len(weights)} entries for {len(adapters)} adapters. Give "
             "one multiplier for each, in the same order."
         )
+    for weight in weights:
+        _check_multiplier(weight)
     leaves, treedef = _paths.flatten(params, is_leaf=is_weight)
-    if key is not None and not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.wrap_key_data(key)  # a key of the old style, two integers
+    key = None if key is None else as_key(key, "`bind(..., key=)`")
     current: dict[str, Any] = dict(leaves)
+    # Bound before: their adapters count, so that no two draw the same mask.
+    before = {p: len(leaf.terms) for p, leaf in leaves if isinstance(leaf, Adapted)}
     for index, (adapter, weight) in enumerate(zip(adapters, weights, strict=True)):
         _check_is_adapter(adapter)
         for name, fixed in adapter.fixed.items():
@@ -74,11 +79,20 @@ def bind(
             check_parts(train, fixed)
             base, site_key = current[path], None
             if key is not None:
-                before = len(base.terms) if isinstance(base, Adapted) else 0
-                site_key = jax.random.fold_in(key, index + before)
+                site_key = jax.random.fold_in(key, index + before.get(path, 0))
             site = Site(base, train, fixed, weight, site_key)
             current[path] = KINDS[fixed.role.kind].bind(site)
     return jax.tree.unflatten(treedef, [current[path] for path, _ in leaves])
+
+
+def _check_multiplier(weight: Any) -> None:
+    number = isinstance(weight, int | float)
+    array = hasattr(weight, "dtype") and jnp.issubdtype(weight.dtype, jnp.number)
+    if not (number or array) or (number and not math.isfinite(weight)):
+        raise AdapterError(
+            f"`weights` holds {weight!r:.60}; a multiplier is a finite number or an "
+            "array of them."
+        )
 
 
 def _check_is_adapter(adapter: Any) -> None:
@@ -86,6 +100,11 @@ def _check_is_adapter(adapter: Any) -> None:
         raise AdapterError(
             f"`bind` got a {type(adapter).__name__} where an `Adapter` was expected. "
             "Write `bind(params, Adapter(train, fixed))`."
+        )
+    if not all(isinstance(fixed, Fixed) for fixed in adapter.fixed.values()):
+        raise AdapterError(
+            "`fixed` of an adapter must hold `Fixed` entries. The order is "
+            "`Adapter(train, fixed)`; both come from `init` or `load_adapter`."
         )
     if set(adapter.train) != set(adapter.fixed):
         odd = sorted(set(adapter.train) ^ set(adapter.fixed))

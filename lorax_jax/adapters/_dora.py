@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .._errors import AdapterError
 from ..structure import (
     RANK,
     Along,
@@ -65,17 +66,16 @@ class Dora(Term):
         return self.low.use
 
     def act(self, x: jax.Array, op: Bilinear, inner: Inner) -> jax.Array:
-        axes = set(self.gain.axes)
-        if axes <= set(op.out_labels):
+        gain = op.per_output(self.gain)
+        if gain is not None:
             y = inner(x)
-            gain = self.gain.aligned(op.out_labels)
             dropped = self.low.dropped(x, op)
             if dropped is x:
                 return _times(y + self.low.delta(x, op, y), gain)
             moved = inner(dropped) + self.low.delta(dropped, op, y)
             return y + _times(moved, gain) - inner(dropped)
         # A transposed use sums over the outputs: W'^T x = (W + s A B)^T (g x).
-        if axes <= set(op.x_labels):
+        if set(self.gain.axes) <= set(op.x_labels):
             x = _times(x, self.gain.aligned(op.x_labels))
             y = inner(x)
             return y + self.low.delta(self.low.dropped(x, op), op, y)
@@ -95,10 +95,10 @@ class Dora(Term):
         gain = self.gain
         if isinstance(op, Along) and op.fills and gain.holds(op.axis):
             # What is filled in is zero, or another weight's: its gain is 1.
-            gain = Factor(
-                op.map(gain.array - 1, gain.axes.index(op.axis)) + 1, gain.axes
-            )
-            return Dora(self.low.apply(op), gain)
+            filled = op.map(gain.array - 1, gain.axes.index(op.axis)) + 1
+            return Dora(self.low.apply(op), Factor(filled, gain.axes))
+        if isinstance(op, Along) and op.among:
+            raise Unstructured("a weight with magnitudes stands beside others' inputs")
         return Dora(self.low.apply(op), gain.apply(op))
 
 
@@ -115,8 +115,13 @@ def _times(x: jax.Array, gain: jax.Array) -> jax.Array:
 def bind_dora(site: Site):
     """`m (W + s A B) / ||W + s A B||`."""
     site.refuse_weight("DoRA")
-    low = low_rank(site)
     role, base = site.role, site.base
+    if role.groups > 1:
+        raise AdapterError(
+            f"{role.path!r} is the kernel of a grouped convolution, for which DoRA is "
+            "not defined here. Adapt it without `dora`."
+        )
+    low = low_rank(site)
     weight = base.base if isinstance(base, Adapted) else base
     # No gradient reaches the norm, so nothing is kept for it.
     a, b, scale = jax.tree.map(

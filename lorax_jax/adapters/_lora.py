@@ -5,10 +5,10 @@ from typing import cast
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from .._errors import AdapterError
 from ..structure import (
+    GROUP,
     RANK,
     Along,
     AxisOp,
@@ -17,8 +17,9 @@ from ..structure import (
     Scale,
     Unstructured,
     Use,
-    arrange,
-    product,
+    group_count,
+    keep_groups,
+    outer,
     wide,
 )
 from ._base import Inner, Term
@@ -38,7 +39,8 @@ class LowRank(Term):
     use of the weight (`x W^T`) costs the same.
 
     Attributes:
-        a: the factor along the weight's `in` axes, axes `(*batch, *in, RANK)`.
+        a: the factor along the weight's `in` axes, axes `(*batch, *in, RANK)`; of a
+            grouped kernel, `(*batch, *in, GROUP, RANK)`.
         b: the factor along its `out` axes, axes `(*batch, RANK, *out)`.
         scale: the multiplier $s$, along no axis or along some batch axes.
         bias: a bias of B, along the `out` axes: the product gains $s$ times it.
@@ -67,6 +69,12 @@ class LowRank(Term):
 
     def delta(self, x: jax.Array, op: Bilinear, like: jax.Array) -> jax.Array:
         """`op(x, s A B)`, in the shape and dtype of `like`; with B's bias, if any."""
+        groups = group_count(self.a)
+        if groups not in (1, op.groups):
+            raise Unstructured(
+                f"the adapter has factors for {groups} groups of outputs, and here are "
+                + (f"{op.groups}" if op.groups > 1 else "none")
+            )
         delta = op.low_rank(x, self.a, self._scaled(self.b), like)
         if self.bias is None:
             return delta
@@ -81,19 +89,9 @@ class LowRank(Term):
     def dense(self, weight: jax.Array) -> jax.Array:
         if self.bias is not None:
             raise Unstructured("B has a bias, which is no part of a matrix")
-        # HIGHEST: the default float32 product is TF32 or bfloat16 on accelerators.
-        axes = tuple(range(weight.ndim))
         work = wide(weight.dtype)
-        b = self._scaled(self.b).astype(work)
-        delta, labels = product(
-            self.a.array.astype(work),
-            self.a.axes,
-            b.array,
-            b.axes,
-            keep=set(axes),
-            precision=lax.Precision.HIGHEST,
-        )
-        return weight + arrange(delta, labels, axes, weight.shape)
+        a, b = self.a.astype(work), self._scaled(self.b).astype(work)
+        return weight + outer(a, b, weight.shape)
 
     def without_bias(self) -> "LowRank":
         """The term without B's bias: what a matrix can hold of it."""
@@ -116,6 +114,7 @@ class LowRank(Term):
                 raise Unstructured("layers with dropout keys of their own are padded")
             if self.bias is not None and not self.bias.holds(op.axis):
                 raise Unstructured("B has a bias, and a part of the inputs is taken")
+        keep_groups(self.a, self.b, op)
         return cast(LowRank, super().apply(op))
 
     def rescale(self, op: Scale) -> "LowRank":
@@ -184,8 +183,10 @@ def low_rank(site: Site) -> LowRank:
     if bias is not None:
         bias = Factor(bias, (*role.batch, *role.outputs))
         bias = laid_out_like(site.base, bias)
+    groups = (GROUP,) if role.groups > 1 else ()
+    axes = (*role.batch, *role.inputs, *groups, RANK)
     return LowRank(
-        a=laid_out_like(site.base, Factor(a, (*role.batch, *role.inputs, RANK))),
+        a=laid_out_like(site.base, Factor(a, axes)),
         b=laid_out_like(site.base, Factor(b, (*role.batch, RANK, *role.outputs))),
         scale=Factor(scale, role.stacked),
         bias=bias,

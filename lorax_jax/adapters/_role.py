@@ -24,6 +24,8 @@ class Role:
         stack: how many of the batch axes are stacks of layers.
         lookup: whether the weight is an embedding table, looked up along `inputs`.
         use: the only use of a tied weight that is adapted, or `None`.
+        groups: in how many runs the outputs see inputs of their own, as in grouped
+            convolutions; each run has an A and a B.
         kind: what the adapter keeps for the weight: a name in `KINDS`.
     """
 
@@ -34,6 +36,7 @@ class Role:
     stack: int = 0
     lookup: bool = False
     use: Use | None = None
+    groups: int = 1
     kind: str = "lora"
 
     @property
@@ -47,9 +50,31 @@ class Role:
         """The batch axes that are stacks of layers."""
         return self.batch[: self.stack]
 
+    @property
+    def grouped(self) -> tuple[int, ...]:
+        """The size of A's axis of groups, or nothing."""
+        return (self.groups,) if self.groups > 1 else ()
+
     def sizes(self, shape: Sequence[int], axes: Sequence[int]) -> tuple[int, ...]:
         """Sizes of some axes of a weight of this `shape`."""
         return tuple(shape[axis] for axis in axes)
+
+    def shapes(
+        self, shape: Sequence[int], rank: int
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of `a` and `b` of a weight of this `shape`.
+
+        >>> Role("w", inputs=(1,), outputs=(2,), batch=(0,)).shapes((3, 8, 6), 2)
+        ((3, 8, 2), (3, 2, 6))
+        >>> Role("w", inputs=(0, 1), outputs=(2,), groups=3).shapes((5, 4, 6), 2)
+        ((5, 4, 3, 2), (2, 6))
+        """
+        batch = self.sizes(shape, self.batch)
+        inputs, outputs = (
+            self.sizes(shape, self.inputs),
+            self.sizes(shape, self.outputs),
+        )
+        return (*batch, *inputs, *self.grouped, rank), (*batch, rank, *outputs)
 
 
 @jax.tree_util.register_pytree_with_keys_class

@@ -28,10 +28,8 @@ def check_factors(base: Any, a: Any, b: Any, role: Role) -> None:
     shape = tuple(base.shape)
     if max((*role.inputs, *role.outputs, *role.batch), default=-1) >= len(shape):
         raise AdapterError(_misfit(role, shape, a, b))
-    batch = role.sizes(shape, role.batch)
-    want_a = (*batch, *role.sizes(shape, role.inputs))
-    want_b = (*batch, jnp.shape(a)[-1], *role.sizes(shape, role.outputs))
-    if jnp.shape(a)[:-1] != want_a or jnp.shape(b) != want_b:
+    rank = jnp.shape(a)[-1] if jnp.ndim(a) else 0
+    if (jnp.shape(a), jnp.shape(b)) != role.shapes(shape, rank):
         raise AdapterError(_misfit(role, shape, a, b))
 
 
@@ -47,7 +45,7 @@ def _misfit(role: Role, shape: tuple[int, ...], a: Any, b: Any) -> str:
     return (
         f"The adapter of {role.name!r} does not fit the weight there.\n"
         f"  weight  shape {shape}, in {role.inputs}, out {role.outputs}, "
-        f"batch {role.batch}\n"
+        f"batch {role.batch}, groups {role.groups}\n"
         f"  a, b    shapes {jnp.shape(a)} and {jnp.shape(b)}\n"
         "Bind it to the parameters that it was planned on."
     )

@@ -2,14 +2,15 @@
 
 Files hold, for each site, PEFT's tensors
 
-    a          (*experts, rank, d_in)    the transpose of our `a`, input axes flattened
-    b          (*experts, d_out, rank)   the transpose of our `b`, output axes flattened
+    a          (*apart, rank, d_in)      the transpose of our `a`, input axes flattened
+    b          (*apart, d_out, rank)     the transpose of our `b`, output axes flattened
     bias       (*experts, d_out)         of B
     magnitude  (*experts, d_out)         DoRA's
     whole      that of a layer           a leaf that was trained whole
     rows       (rows, width)             chosen rows of a table
 
-at the site's true rank. An adapter holds, for each leaf, all layers of a stack in one
+for what has factors of its own within it, experts and groups of a convolution, at the
+site's true rank. An adapter holds, for each leaf, all layers of a stack in one
 array, padded with zeros to the largest rank.
 """
 
@@ -20,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from .._errors import AdapterError, CheckpointError
 from ..adapters import KINDS, Fixed
@@ -50,6 +52,8 @@ def split(
     held = _rows_of(slot)
     for name, array in arrays.items():
         arrays[name] = _layers_first(slot, name, array)
+    if "a" in arrays:
+        arrays["a"], arrays["b"] = slot.matrices(arrays["a"], arrays["b"])
     for i, site in enumerate(slot.sites):
         if site is not None:
             found = {name: array[held[i]] for name, array in arrays.items()}
@@ -68,14 +72,18 @@ def join(slot: Slot, tensors: Mapping[int, Tensors]) -> dict[str, jax.Array]:
         The arrays that an adapter trains.
     """
     held, found = _rows_of(slot), {}
+    if "a" in slot.shapes():
+        found |= _join_factors(slot, tensors)
     for name, shape in slot.shapes().items():
+        if name in found:
+            continue
         dtype = next(iter(tensors.values()))[name].dtype
         axes = _stacked_axes(slot, name)
         layers = [shape[axis] for axis in axes]
         rest = [n for axis, n in enumerate(shape) if axis not in axes]
         whole = np.zeros((math.prod(layers), *rest), dtype)
         for i, site in tensors.items():
-            _put(slot, name, whole[held[i]], site[name])
+            whole[held[i]] = site[name].reshape(rest)
         whole = np.moveaxis(whole.reshape(*layers, *rest), range(len(axes)), axes)
         found[name] = jnp.asarray(whole)
     return found
@@ -84,17 +92,17 @@ def join(slot: Slot, tensors: Mapping[int, Tensors]) -> dict[str, jax.Array]:
 def shapes(slot: Slot, rank: int) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors of a site of this rank."""
     found = {}
-    d_in, d_out = math.prod(slot.inputs), math.prod(slot.outputs)
+    d_in, d_out = slot.sides
     for name in (*KINDS[slot.role.kind].train, *["bias"] * slot.bias):
         match name:
             case "a":
-                found[name] = (*slot.experts, rank, d_in)
+                found[name] = (*slot.apart, rank, d_in)
             case "b":
-                found[name] = (*slot.experts, d_out, rank)
+                found[name] = (*slot.apart, d_out, rank)
             case "bias" | "magnitude":
-                found[name] = (*slot.experts, d_out)
+                found[name] = (*slot.experts, math.prod(slot.outputs))
             case "rows":
-                found[name] = (len(slot.ids), d_out)
+                found[name] = (len(slot.ids), math.prod(slot.outputs))
             case "whole":
                 found[name] = slot.outputs
     return found
@@ -104,8 +112,14 @@ def host(array: Any) -> np.ndarray:
     """An array on the host.
 
     Raises:
-        CheckpointError: if parts of it are on devices of other processes.
+        CheckpointError: if parts of it are on devices of other processes, or if it has
+            no value yet.
     """
+    if isinstance(array, Tracer):
+        raise CheckpointError(
+            "The adapter is being traced, and has no values that could be written. "
+            "Save it outside of `jit`."
+        )
     if not getattr(array, "is_fully_addressable", True):
         raise CheckpointError(
             "The adapter is spread over several processes, and each sees a part of it. "
@@ -143,9 +157,7 @@ def _as_file(slot: Slot, site: Site, arrays: Tensors) -> Tensors:
         return {"whole": np.ascontiguousarray(arrays["whole"])}
     if slot.role.kind == "rows":
         return {"rows": arrays["rows"].reshape(len(slot.ids), -1)}
-    padded, experts = arrays["a"].shape[-1], slot.experts
-    a = arrays["a"].reshape(*experts, math.prod(slot.inputs), padded)
-    b = arrays["b"].reshape(*experts, padded, math.prod(slot.outputs))
+    a, b = arrays["a"], arrays["b"]
     if a[..., site.rank :].any() and b[..., site.rank :, :].any():
         raise AdapterError(
             f"{site.path!r} has rank {site.rank}, and its arrays are not zero beyond "
@@ -157,24 +169,23 @@ def _as_file(slot: Slot, site: Site, arrays: Tensors) -> Tensors:
         "b": np.ascontiguousarray(np.swapaxes(b[..., : site.rank, :], -1, -2)),
     }
     for name in arrays.keys() - found.keys():
-        found[name] = arrays[name].reshape(*experts, -1)
+        found[name] = arrays[name].reshape(*slot.experts, -1)
     return found
 
 
-def _put(slot: Slot, name: str, layer: np.ndarray, tensor: np.ndarray) -> None:
-    """Writes a site's tensor into its layer of an array."""
-    match name:
-        case "a":
-            tensor = np.swapaxes(tensor, -1, -2)  # (*experts, d_in, rank)
-            shape = (*layer.shape[:-1], tensor.shape[-1])
-            layer[..., : tensor.shape[-1]] = tensor.reshape(shape)
-        case "b":
-            rank, at = tensor.shape[-1], len(slot.experts)
-            tensor = np.swapaxes(tensor, -1, -2)  # (*experts, rank, d_out)
-            shape = (*layer.shape[:at], rank, *layer.shape[at + 1 :])
-            layer[(slice(None),) * at + (slice(rank),)] = tensor.reshape(shape)
-        case _:
-            layer[...] = tensor.reshape(layer.shape)
+def _join_factors(slot: Slot, tensors: Mapping[int, Tensors]) -> dict[str, jax.Array]:
+    """The arrays `a` and `b`, padded to the slot's rank."""
+    count, rank = len(slot.sites), slot.rank
+    d_in, d_out = slot.sides
+    some = next(iter(tensors.values()))
+    a = np.zeros((count, *slot.apart, d_in, rank), some["a"].dtype)
+    b = np.zeros((count, *slot.apart, rank, d_out), some["b"].dtype)
+    for i, site in tensors.items():
+        down, up = site["a"], site["b"]
+        a[i, ..., : down.shape[-2]] = np.swapaxes(down, -1, -2)
+        b[i, ..., : up.shape[-1], :] = np.swapaxes(up, -1, -2)
+    a, b = slot.arrays(a, b)
+    return {"a": jnp.asarray(a), "b": jnp.asarray(b)}
 
 
 def _check(slot: Slot, arrays: Tensors, fixed: Fixed) -> None:

@@ -6,6 +6,7 @@ from .. import _peft
 from .._errors import CheckpointError, closest, shorten
 from .._names import NameMap
 from ..planning import Site, Slot
+from ._kernels import is_turned
 from ._record import FileSite
 from ._sites import module_of, part_of
 
@@ -46,7 +47,7 @@ def copy_site(
                 )
         else:
             key = _tensor(site.path, names)
-            transposed = layout == "linear" and len(site.shape) == 2
+            transposed = is_turned(layout, len(site.shape))
             module, _, last = key.rpartition(".")
             if last == "bias" and module in adapted:
                 key = f"{module}{_BASE}bias"

@@ -13,6 +13,7 @@ from .._errors import CheckpointError
 from .._names import NameMap
 from ..adapters import Adapter
 from ..planning import Plan
+from . import _kernels
 from ._arrays import Tensors, shapes
 from ._files import TENSORS, AdapterFiles, open_adapter
 from ._fingerprint import differ, fingerprints
@@ -224,8 +225,16 @@ class Loading:
             return False
         before = len(self.missing) + len(self.misshapen) + len(self.changed)
         wanted = shapes(slot, site.rank)
+        if site.order is not None:
+            if len(site.order) == len(slot.inputs):
+                wanted = _kernels.shapes(site.order, slot.inputs, wanted)
+            else:
+                self.changed.append(
+                    f"{site.key} is a kernel with {len(site.order)} input axes, and "
+                    f"{site.path} has {len(slot.inputs)}"
+                )
         if site.transposed:
-            wanted = {name: shape[::-1] for name, shape in wanted.items()}
+            wanted = {"whole": _kernels.shape_turned(wanted["whole"])}
         for name, key in site.keys(self.prefix).items():
             self._check_tensor(key, wanted[name])
         if site.low_rank and site.tied is not None:
@@ -369,11 +378,14 @@ class Loading:
         found = {name: self.files.tensors.read(key) for name, key in keys.items()}
         bad = [keys[name] for name, x in found.items() if not np.isfinite(x).all()]
         self.nonfinite += bad
+        if bad:
+            return None
         if place.site.transposed:
-            found["whole"] = found["whole"].T
+            found["whole"] = _kernels.turned_back(found["whole"])
         if place.site.ids:
             found["rows"] = found["rows"][np.argsort(place.site.ids)]
-        return None if bad else found
+        order = place.site.order
+        return found if order is None else _kernels.to_ours(order, found)
 
     def _lines(self) -> tuple[str, ...]:
         return lines(

@@ -16,6 +16,7 @@ from ..adapters import Adapter
 from ._base_folder import BaseFolder
 from ._copies import tensor_name
 from ._files import AdapterFiles
+from ._kernels import is_turned, order_in, turned_back
 from ._keys import parse, prefix_of
 from ._load import Loading
 from ._piece import HEAD
@@ -82,6 +83,9 @@ def _renamed(site: FileSite, names: NameMap, base: BaseFolder) -> list[FileSite]
         if path != site.key:  # the checkpoint's head is not tied
             return [replace(site, path=path, use=None, part=None, base=None)]
         return [replace(site, path=names.tied or path)]
+    if site.order is not None:  # the tensor's own axes say how it lies
+        order = order_in(names.layout(path), len(site.order))
+        return [replace(site, path=path, part=None, base=None, order=order)]
     found = []
     if site.tied is not None and (head := names.module_path(site.tied)) is not None:
         other = replace(site, path=head, key=site.tied, tied=None, table=False)
@@ -137,8 +141,8 @@ def _leaf(
 ) -> Any:
     """A tensor as a leaf of a parameter tree: its values are read when asked for."""
     leaf = base.mapped(tensor)
-    if names.layout(path) == "linear" and leaf.ndim == 2:
-        leaf = leaf.T
+    if is_turned(names.layout(path), leaf.ndim):
+        leaf = turned_back(leaf)
     sites = files.record.sites if files.record is not None else ()
     shape = next((s.part.shape for s in sites if s.path == path and s.part), leaf.shape)
     if shape == leaf.shape or math.prod(shape) != math.prod(leaf.shape):
@@ -172,7 +176,7 @@ def _own_names(files: AdapterFiles, base: BaseFolder) -> NameMap:
     tables = set()
     for key, entry in entries.items():
         parsed = parse(key, prefix)
-        if parsed is not None and len(entry.shape) == 2:
+        if parsed is not None and len(entry.shape) >= 2:
             shapes.setdefault(parsed.module, {})[parsed.factor] = entry.shape
             if parsed.table:
                 tables.add(parsed.module)

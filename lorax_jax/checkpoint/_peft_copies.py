@@ -8,6 +8,7 @@ from .._errors import CheckpointError, shorten
 from .._names import NameMap
 from ._copies import tensor_name
 from ._files import AdapterFiles
+from ._kernels import is_turned, shape_turned_back
 from ._keys import ROWS
 from ._record import FileSite, Part
 from ._resolve import Tree
@@ -65,8 +66,8 @@ def peft_copies(
         if path is None:
             continue
         shape = files.tensors.entries[key].shape
-        turned = names.layout(path) == "linear" and len(shape) == 2
-        shape = shape[::-1] if turned else shape
+        turned = is_turned(names.layout(path), len(shape))
+        shape = shape_turned_back(shape) if turned else shape
         if tree.find(path, len(shape)) is None:
             _check_axes(tree, path, len(shape))
             continue

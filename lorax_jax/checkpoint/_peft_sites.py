@@ -11,6 +11,7 @@ from .._names import NameMap
 from ..planning import Plan
 from ..structure import Use
 from ._files import TENSORS, AdapterFiles
+from ._kernels import check_groups, order_in
 from ._keys import keys, parse, prefix_of
 from ._peft_copies import peft_copies
 from ._record import FileSite
@@ -82,6 +83,16 @@ def peft_sites(
     def add(module: str, path: str, use: Use | None, head: str | None = None) -> None:
         rank, alpha, scale = ranks(module)
         is_kernel = not modules[module] and use is None
+        order = None
+        if is_kernel:
+            down, up = (
+                entry.shape if entry is not None else ()
+                for entry in map(
+                    files.tensors.entries.get, keys(module, prefix=prefix).values()
+                )
+            )
+            check_groups(module, down, up)
+            order = order_in(names.layout(path), max(len(down), len(up)) - 1)
         sites.append(
             FileSite(
                 path=path,
@@ -95,6 +106,7 @@ def peft_sites(
                 dropout=rate,
                 kind=kind,
                 bias=bias,
+                order=order,
                 turned=turned and is_kernel and names.layout(path) == "same",
             )
         )

@@ -1,6 +1,7 @@
 """`Piece`: what an adapter makes of one tensor of a checkpoint."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 import jax
@@ -31,6 +32,8 @@ class Piece:
         use: the only use of a tied weight that it acts in, or `None`.
         ids: which rows of a table are replaced.
         axis: where `(d_in, d_out)` counts those rows.
+        kernel: whether the tensor is a convolution's, `(d_out, ...)`, whose other axes
+            are flattened to `d_in` here.
     """
 
     tensor: str
@@ -42,6 +45,7 @@ class Piece:
     use: Use | None = None
     ids: tuple[int, ...] = ()
     axis: int = 0
+    kernel: bool = False
 
     @property
     def is_copy(self) -> bool:
@@ -50,7 +54,8 @@ class Piece:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the tensor that it fits; of trained rows, their own."""
+        """The shape of the tensor that it fits, less the window of a kernel; of trained
+        rows, their own."""
         if "a" not in self.arrays:
             return next(iter(self.arrays.values())).shape
         shape = self.arrays["a"].shape[0], self.arrays["b"].shape[1]
@@ -59,7 +64,7 @@ class Piece:
     def fits(self, shape: tuple[int, ...]) -> bool:
         """Whether the tensor may have this shape."""
         if self.kind != "rows":
-            return shape == self.shape
+            return (matrix_of(shape) if self.kernel else shape) == self.shape
         ours = shape if self.layout == "same" else shape[::-1]
         width = ours[1 - self.axis] if len(ours) == 2 else None
         return self.shape[1] == width and self.ids[-1] < ours[self.axis]
@@ -110,3 +115,12 @@ class Piece:
     def path(self) -> str:
         """The tensor's name as a path."""
         return _paths.escape(self.tensor)
+
+
+def matrix_of(shape: tuple[int, ...]) -> tuple[int, int]:
+    """The shape of a kernel with everything but its outputs flattened.
+
+    >>> matrix_of((8, 4, 3, 3))
+    (8, 36)
+    """
+    return shape[0], math.prod(shape[1:])

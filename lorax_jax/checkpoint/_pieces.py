@@ -15,6 +15,7 @@ from ..planning import Slot
 from ._arrays import host
 from ._base_folder import BaseFolder
 from ._files import open_adapter
+from ._kernels import is_turned, order_of, turned
 from ._onto_base import existing, load_onto
 from ._piece import Piece
 from ._sites import part_of, tensor_layout
@@ -61,7 +62,7 @@ def pieces_of(
 
 def _of_adapter(adapter: Adapter, base: BaseFolder, names: NameMap) -> Iterator[Piece]:
     for name, fixed in adapter.fixed.items():
-        _check_experts(name, adapter.train[name], fixed)
+        _check_matrices(name, adapter.train[name], fixed)
         train = {key: host(array) for key, array in adapter.train[name].items()}
         for index, arrays in _layers(train, fixed):
             path = _virtual(fixed.role.path, index, names)
@@ -72,13 +73,19 @@ def _of_adapter(adapter: Adapter, base: BaseFolder, names: NameMap) -> Iterator[
                 yield from _change(name, fixed, index, arrays, source, base, names)
 
 
-def _check_experts(name: str, train: Mapping[str, Any], fixed: Fixed) -> None:
+def _check_matrices(name: str, train: Mapping[str, Any], fixed: Fixed) -> None:
     batch, stack = len(fixed.role.batch), fixed.role.stack
     if batch > stack:
         count = math.prod(next(iter(train.values())).shape[stack:batch])
         raise AdapterError(
             f"{name!r} has factors for each of {count} experts, whose tensors a name "
             "table cannot list. Merge it in memory: `lj.merge(params, adapter)`."
+        )
+    if fixed.role.groups > 1:
+        raise AdapterError(
+            f"{name!r} is the kernel of a convolution in {fixed.role.groups} groups, "
+            "which an export has no word for. Merge it in memory: "
+            "`lj.merge(params, adapter)`."
         )
 
 
@@ -112,7 +119,7 @@ def _copy(whole: np.ndarray, tensor: str, layout: Layout | None) -> Piece:
             "make a matrix is not known where no factors act. Merge it in memory: "
             "`lj.merge(params, adapter)`."
         )
-    whole = whole.T if layout == "linear" else whole
+    whole = turned(whole) if is_turned(layout, whole.ndim) else whole
     return Piece(tensor, tensor, "whole", {"whole": whole})
 
 
@@ -130,7 +137,11 @@ def _change(
     slot = Slot(role, _shape(arrays, fixed), None, ())
     tensor = f"{names.head}{_WEIGHT}" if role.use == "head" else source
     path = _virtual(role.path, index, names)
-    layout = tensor_layout(names.layout(path) or "linear", part_of(slot))
+    part = part_of(slot)
+    order = None
+    if role.kind != "rows":
+        order = order_of(names.layout(path), part, path)
+    layout = tensor_layout(names.layout(path) or "linear", part)
     if layout is None:
         raise AdapterError(
             f"The inputs {role.inputs} and outputs {role.outputs} of {name!r} "
@@ -145,10 +156,14 @@ def _change(
         return
     rank = arrays["a"].shape[-1]
     shapes = {"a": (-1, rank), "b": (rank, -1), "magnitude": (-1,), "bias": (-1,)}
+    if order is not None:  # the inputs as the tensor has them
+        arrays = arrays | {"a": arrays["a"].transpose(*order, len(order))}
+        layout = "linear"
     flat = {key: array.reshape(shapes[key]) for key, array in arrays.items()}
     scale = np.float32(host(fixed["scale"])[index])
     bias = flat.pop("bias", None)
-    yield Piece(tensor, source, role.kind, flat, scale, layout, role.use)
+    kernel = order is not None
+    yield Piece(tensor, source, role.kind, flat, scale, layout, role.use, kernel=kernel)
     if bias is not None:
         shifted = f"{tensor.removesuffix(_WEIGHT)}.bias"
         if shifted not in base:

@@ -42,6 +42,7 @@ class Part:
         batch: axes that are neither: experts.
         lookup: whether the weight is an embedding, looked up along `inputs`.
         stack: where the layers' axes are in a stacked leaf if not in front.
+        groups: the groups of a grouped convolution, if it is one.
     """
 
     shape: tuple[int, ...]
@@ -50,6 +51,7 @@ class Part:
     batch: tuple[int, ...] = ()
     lookup: bool = False
     stack: tuple[int, ...] | None = None
+    groups: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +76,11 @@ class FileSite:
         bias: whether B has a bias.
         ids: which rows of a table are trained, in the order of the tensor: ours are
             ascending.
-        transposed: whether the tensor of a leaf trained whole is its transpose.
+        transposed: whether the tensor of a leaf trained whole is `(d_out, d_in)`, where
+            ours is `(d_in, d_out)`; of a convolution `(d_out, d_in, *window)`, where
+            ours is `(*window, d_in, d_out)`.
+        order: of a convolution's kernel with PEFT's keys: for each axis of its A behind
+            the rank, which of our input axes it is.
         turned: where `part` is not said: our array is `(d_out, d_in)`. Not recorded.
     """
 
@@ -93,6 +99,7 @@ class FileSite:
     bias: bool = False
     ids: tuple[int, ...] = ()
     transposed: bool = False
+    order: tuple[int, ...] | None = None
     turned: bool = False
 
     @property
@@ -206,6 +213,12 @@ def _site(site: Any, what: str) -> FileSite:
     bias = bool(read("bias", bool, optional=True))
     if bias and "bias" not in KINDS[kind].optional:
         raise read.bad("a bias of B in a site of the kind", kind)
+    axes = None if part is None else _part(part, what, kind)
+    order = read.sizes("order") if read.fields.get("order") is not None else None
+    if order is not None:
+        count = len(order) if axes is None else len(axes.inputs)
+        if not least or len(order) < 2 or sorted(order) != [*range(count)]:
+            raise read.bad("`order`", order)
     return FileSite(
         path=read("path", str),
         use=read("use", str, ("lookup", "head"), optional=True),
@@ -216,12 +229,13 @@ def _site(site: Any, what: str) -> FileSite:
         alpha=read("alpha", float),
         scale=scale,
         dropout=dropout,
-        part=None if part is None else _part(part, what, kind),
+        part=axes,
         base=read("base", str, optional=True),
         kind=kind,
         bias=bias,
         ids=ids,
         transposed=bool(read("transposed", bool, optional=True)),
+        order=order,
     )
 
 
@@ -234,6 +248,7 @@ def _part(part: Any, what: str, kind: str) -> Part:
         batch=read.sizes("batch"),
         lookup=read("lookup", bool),
         stack=read.sizes("stack") if part.get("stack") is not None else None,
+        groups=read("groups", int, optional=True),
     )
     axes = (*found.inputs, *found.outputs, *found.batch)
     stack = found.stack or ()
@@ -246,6 +261,10 @@ def _part(part: Any, what: str, kind: str) -> Part:
         fine &= bool(found.inputs and found.outputs)
     if kind == "rows":
         fine &= len(found.inputs) == 1 and not found.batch and not stack
+    if found.groups is not None:
+        outputs = math.prod(found.shape[axis] for axis in found.outputs) if fine else 0
+        fine &= "a" in KINDS[kind].train and found.groups > 1
+        fine &= outputs % max(found.groups, 1) == 0
     if not fine:
         raise read.bad("shape and axes", (found.shape, *axes, *stack))
     return found

@@ -10,6 +10,7 @@ from .. import _paths
 from .._errors import CheckpointError
 from ..adapters import Role, is_weight
 from ..planning import Plan, Site, Slot
+from ._kernels import part_in
 from ._placed import Placed
 from ._record import FileSite, Part
 
@@ -150,6 +151,8 @@ def place_by_path(tree: Tree, sites: Iterable[FileSite]) -> dict[FileSite, Place
         part = site.part or Part((), (0,), (1,), (), site.table)
         if site.part is None and (site.use == "head" or site.turned):
             part = Part((), (1,), (0,))
+        if site.part is None and site.order is not None:
+            part = part_in(site.order)
         axes = len(part.inputs) + len(part.outputs) + len(part.batch)
         place = tree.find(site.path, axes, part.stack)
         if place is None:
@@ -193,6 +196,7 @@ def _role(place: Place, part: Part, site: FileSite) -> Role:
         lookup=part.lookup,
         use=site.use,
         kind=site.kind,
+        groups=part.groups or 1,
     )
 
 

@@ -21,6 +21,7 @@ from ._beside import write_card, write_tokenizer
 from ._copies import modules_to_save
 from ._files import CONFIG, OURS, TENSORS
 from ._fingerprint import fingerprints
+from ._kernels import to_theirs, turned
 from ._keys import PREFIX
 from ._placed import Placed, placed_sites
 from ._record import FileSite, Record
@@ -48,8 +49,9 @@ def save_adapter(
       `base_model.model.m.lora_A.weight`, `(r, d_in)`, our `a` transposed, and
       `base_model.model.m.lora_B.weight`, `(d_out, r)`, our `b` transposed. Embeddings
       have `.lora_embedding_A`, `(r, rows)`, and `.lora_embedding_B`. Several input or
-      output axes are flattened into one. Stacks are written layer by layer at true
-      ranks, in the dtype that they are stored in.
+      output axes are flattened into one, but for kernels of convolutions, whose A is
+      `(r, d_in, *window)` and whose B is `(d_out, r, 1, ...)`. Stacks are written layer
+      by layer at true ranks, in the dtype that they are stored in.
     - `adapter_config.json`: `r`, `lora_alpha` and patterns from which PEFT finds
       exactly these ranks and scales, and whole module names as targets.
     - `README.md`, a model card, unless there is one.
@@ -174,6 +176,8 @@ def _contents(
             if bases is not None:
                 site = dataclasses.replace(site, base=bases[i])
             sites.append(site)
+            if site.order is not None:
+                held = to_theirs(site.order, slot.inputs, held)
             tensors |= _tensors(site, held, PREFIX if peft else "")
     # In the order of paths, so that stacked and unrolled models write the same file.
     return sorted(
@@ -183,7 +187,7 @@ def _contents(
 
 def _tensors(site: FileSite, held: Tensors, prefix: str) -> Tensors:
     if site.transposed:
-        held = {"whole": held["whole"].T}
+        held = {"whole": turned(held["whole"])}
     found = {key: held[name] for name, key in site.keys(prefix).items()}
     if site.low_rank:
         # The head multiplies by the transposed table: its A is B's transpose.

@@ -5,6 +5,7 @@ import math
 from .._errors import CheckpointError, closest, shorten
 from .._names import Layout, NameMap
 from ..planning import Plan, Site, Slot
+from ._kernels import order_of
 from ._record import FileSite, Part
 
 
@@ -30,7 +31,7 @@ def factor_site(plan: Plan, slot: Slot, site: Site, names: NameMap | None) -> Fi
         CheckpointError: if PEFT has no key for the site.
     """
     table = site.role.lookup
-    tied = None
+    tied = order = None
     if names is None:
         key = f"{site.path}@{site.use}" if site.use else site.path
         table = False
@@ -41,6 +42,14 @@ def factor_site(plan: Plan, slot: Slot, site: Site, names: NameMap | None) -> Fi
                 "experts, which PEFT's keys cannot name one by one. Leave `names` out "
                 "for a file with our paths, or merge the adapter for export."
             )
+        if slot.role.groups > 1:
+            raise CheckpointError(
+                f"{site.path!r} is the kernel of a convolution in {slot.role.groups} "
+                "groups, each with an A and a B. PEFT has one A that sees all channels "
+                "there, and no place for these. Leave `names` out for a file with our "
+                "paths, or merge the adapter."
+            )
+        order = order_of(names.layout(site.path), part_of(slot), site.path)
         headless = names.module_path(names.head) is None
         shares = headless and site.path == names.tied
         if headless and names.tied is None and is_shared(plan, site):
@@ -80,6 +89,7 @@ def factor_site(plan: Plan, slot: Slot, site: Site, names: NameMap | None) -> Fi
         part=part_of(slot),
         kind=site.role.kind,
         bias=slot.bias,
+        order=order,
     )
 
 
@@ -132,4 +142,5 @@ def part_of(slot: Slot) -> Part:
         batch=within(role.batch[role.stack :]),
         lookup=role.lookup,
         stack=None if in_front else role.stacked,
+        groups=role.groups if role.groups > 1 else None,
     )

@@ -25,7 +25,7 @@ from ..adapters import Adapted, Dora, LowRank, Origin, Rows, Term, bind
 from ..merging import merged_weight
 from ..structure import Factor
 from ._base_folder import BaseFolder
-from ._piece import Piece
+from ._piece import Piece, matrix_of
 from ._safetensors import FLOATS, Reader, Writer
 
 _CHUNK = 8 << 20  # bytes copied at a time
@@ -106,7 +106,10 @@ def merged(
         return _vector(tensor, pieces, dtype, safe)
     result = tensor if tensor.dtype == dtype else np.empty(tensor.shape, dtype)
     turned = pieces[0][0].layout == "linear"
-    ours, out = (tensor.T, result.T) if turned else (tensor, result)  # (d_in, d_out)
+    ours, out = tensor, result
+    if pieces[0][0].kernel:
+        ours, out = (x.reshape(matrix_of(x.shape)) for x in (tensor, result))
+    ours, out = (ours.T, out.T) if turned else (ours, out)  # (d_in, d_out)
     with jax.default_device(_cpu()):
         terms = _terms(ours, pieces)
         origin = Origin(pieces[0][0].path)

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .._errors import CheckpointError
+from .._errors import CheckpointError, ConfigError
 
 CONFIG = "adapter_config.json"
 
@@ -47,13 +47,26 @@ def load_base(where: str | None, **options: Any) -> Base:
 
     Raises:
         CheckpointError: if it is no checkpoint.
-        ConfigError: if the model computes something that is not implemented.
+        ConfigError: if the model computes something that is not implemented, or
+            predicts no next token.
     """
     from .. import models
 
     where = located(where)
     model, params = models.load(where, **options)
+    _check_predicts(model, where)
     return Base(model, params, load_tokenizer(where), where)
+
+
+def _check_predicts(model: Any, where: str) -> None:
+    from ..models import Encoder
+
+    if isinstance(model, Encoder):
+        raise ConfigError(
+            f"{where} is an encoder ({model.config.family}): it predicts no next "
+            "token, so it cannot generate, and what to train it on is not known here. "
+            "In Python, adapt its `model.apply` with a loss of your own."
+        )
 
 
 def located(where: str | None) -> str:
@@ -164,12 +177,14 @@ def load_bound(adapter: Path, where: str | None) -> tuple[Base, Any]:
 
     Raises:
         CheckpointError: if either is not what it should be, or they do not fit.
+        ConfigError: if the base predicts no next token.
     """
     from .._load_adapted import load_adapted
     from ..adapters import bind
 
     where = located(base_of(adapter) if where is None else where)
     model, params, loaded, _ = load_adapted(adapter, base=where)
+    _check_predicts(model, where)
     beside = (adapter / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(str(adapter) if beside else where)
     return Base(model, params, tokenizer, where), bind(params, loaded)

@@ -90,13 +90,13 @@ def _norms(plan: Any, adapter: Any) -> list[str]:
     click.echo(f"{'norms':{width}}  {'A':>10}  {'B':>10}  {'scale A B':>10}")
     zero = []
     for slot in plan.slots:
-        batch = slot.layers + slot.experts
         train, scale = adapter.train[slot.name], adapter.fixed[slot.name]["scale"]
-        a = np.asarray(train["a"], np.float64).reshape(*batch, -1, slot.rank)
-        b = np.asarray(train["b"], np.float64).reshape(*batch, slot.rank, -1)
+        a, b = (np.asarray(train[name], np.float64) for name in ("a", "b"))
+        a, b = slot.matrices(a, b)  # (sites, *apart, d_in, rank) and so on
         # |A B|^2 is the trace of (A^T A)(B B^T), r by r: A B itself is never built.
         gram = (a.swapaxes(-1, -2) @ a) * (b @ b.swapaxes(-1, -2))
-        whole = np.sqrt(np.maximum(gram.sum((-1, -2)), 0)) * np.asarray(scale)
+        whole = np.sqrt(np.maximum(gram.sum((-1, -2)), 0))
+        whole = whole.reshape(len(slot.sites), -1) * np.asarray(scale).reshape(-1, 1)
         sizes = [float(np.linalg.norm(x)) for x in (a, b, whole)]
         line = "  ".join(f"{size:10.4g}" for size in sizes)
         click.echo(f"{slot.name:{width}}  {line}")

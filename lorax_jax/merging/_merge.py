@@ -79,6 +79,7 @@ def merge(
             return leaf
         merged = merged_weight(leaf, safe=safe)
         if report:
+            _check_values(merged)
             errors = map(float, _errors(leaf, merged))
             reports.append(MergeReport(leaf.origin.path, *errors))
         return merged
@@ -105,17 +106,22 @@ def merged_weight(weight: Adapted, *, safe: bool = False) -> jax.Array:
             f"{path!r} cannot be merged: {error}. Untie the weight first: give the "
             "head a leaf of its own and adapt that."
         ) from None
-    if safe and isinstance(merged, Tracer):
-        raise AdapterError(
-            "`safe` looks at values, and inside `jit` there are none yet. Merge "
-            "outside, or check the result yourself."
-        )
+    if safe:
+        _check_values(merged)
     if safe and not bool(jnp.isfinite(merged).all()):
         raise AdapterError(
             f"Merging into {path!r} gives NaN or infinity. Nothing was changed; check "
             "the adapter's factors and scale."
         )
     return merged
+
+
+def _check_values(merged: jax.Array) -> None:
+    if isinstance(merged, Tracer):
+        raise AdapterError(
+            "`safe` and `report` look at values, and inside `jit` there are none yet. "
+            "Merge outside, or check the result yourself."
+        )
 
 
 def _biases_merged(bound: Any) -> Any:

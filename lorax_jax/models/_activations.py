@@ -6,6 +6,8 @@ from functools import partial
 import jax
 from jaxtyping import Array, Float
 
+from .._errors import ConfigError
+
 Activation = Callable[[Float[Array, "..."]], Float[Array, "..."]]
 
 # Hugging Face's names. `gelu` is the exact one (erf), the others its tanh form.
@@ -17,3 +19,21 @@ ACTIVATIONS: dict[str, Activation] = {
     "silu": jax.nn.silu,
     "swish": jax.nn.silu,
 }
+
+
+def checked_activation(attribute: str, name: str) -> str:
+    """`name`, if it is one of these.
+
+    Args:
+        attribute: the config's attribute that names it.
+        name: what it says.
+
+    Raises:
+        ConfigError: if there is no such activation here.
+    """
+    if name not in ACTIVATIONS:
+        raise ConfigError(
+            f"`{attribute}` = {name!r} is not one of the activations here: "
+            f"{', '.join(sorted(ACTIVATIONS))}."
+        )
+    return name

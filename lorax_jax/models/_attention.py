@@ -122,13 +122,17 @@ def attend(
 def _flash_applies(
     query: Float[Array, "batch queries heads head_dim"], sight: Sight
 ) -> bool:
-    """Whether cuDNN's flash attention takes this: half precision, causal, no mask.
+    """Whether cuDNN's flash attention takes this: half precision, no mask.
+
+    An odd length only where attention is causal; see `attend`.
 
     Decided while tracing, from the default backend. `jax.lax.platform_dependent` would
     decide later, but differentiates into residuals of both branches, and XLA's are the
     (queries, keys) matrices that flash attention exists to avoid.
     """
     if sight.mask is not None or query.dtype not in (jnp.bfloat16, jnp.float16):
+        return False
+    if query.shape[1] % 2 and not sight.causal:
         return False
     head_dim = query.shape[-1]
     if head_dim % 8 or head_dim > 128:

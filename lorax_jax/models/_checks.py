@@ -10,7 +10,6 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Int
 
 from ._cache import Cache
-from ._config import Gpt2Config
 
 
 def check_tree(params: Any, shapes: Any, path: str = "") -> None:
@@ -71,25 +70,26 @@ def checked_mask(mask: Any, ids: Array) -> Bool[Array, "batch seq"] | None:
     return mask.astype(bool)
 
 
-def checked_positions(positions: Any, ids: Array) -> Int[Array, "batch seq"]:
-    """`positions` as int32."""
-    positions = jnp.asarray(positions)
-    whole = jnp.issubdtype(positions.dtype, jnp.integer)
-    if positions.shape != ids.shape or not whole:
+def checked_integers(name: str, value: Any, ids: Array) -> Int[Array, "batch seq"]:
+    """The argument `name`, one integer a token, as int32."""
+    value = jnp.asarray(value)
+    whole = jnp.issubdtype(value.dtype, jnp.integer)
+    if value.shape != ids.shape or not whole:
         raise ValueError(
-            f"`positions` must be integers of the shape of `ids`, {ids.shape}; got "
-            f"{positions.dtype} of shape {positions.shape}."
+            f"`{name}` must be integers of the shape of `ids`, {ids.shape}; got "
+            f"{value.dtype} of shape {value.shape}."
         )
-    return positions.astype(jnp.int32)
+    return value.astype(jnp.int32)
 
 
-def check_positions(config: Gpt2Config, length: int) -> None:
-    """Raises if GPT-2 has no vector for the last of `length` positions."""
-    if length > config.n_positions:
+def check_positions(
+    length: int, limit: int, model: str, attribute: str, advice: str = ""
+) -> None:
+    """Raises if a model has no vector for the last of `length` positions."""
+    if length > limit:
         raise ValueError(
-            f"{length} tokens were asked for, but this GPT-2 has learned "
-            f"{config.n_positions} positions (`n_positions`). If what you decode fits, "
-            f"pass cache=model.init_cache(batch, {config.n_positions})."
+            f"{length} tokens were asked for, but this {model} has learned "
+            f"{limit} positions (`{attribute}`). {advice or 'Pass shorter rows.'}"
         )
 
 

@@ -2,9 +2,9 @@
 
 A Hugging Face config holds some thirty attributes, of which a dozen change what the
 model computes. Each is in one of three groups: *handled* (it becomes a field of
-`LlamaConfig` or `Gpt2Config`), *ignorable* (it names files, tokens or labels, or is a
-training-time dropout of the base, which these models do not apply), or anything else,
-which must equal the config class's own default or is refused by name.
+`LlamaConfig`, `Gpt2Config` or `BertConfig`), *ignorable* (it names files, tokens or
+labels, or is a training-time dropout of the base, which these models do not apply), or
+anything else, which must equal the config class's own default or is refused by name.
 """
 
 import dataclasses
@@ -12,18 +12,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from .._errors import ConfigError
-from ._activations import ACTIVATIONS
+from ._activations import checked_activation
+from ._bert_config import BertConfig, read_bert
 from ._rope import Rope, rope_from_hf
 
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
-FAMILIES = (*LLAMA_LIKE, "gpt2")
+FAMILIES = (*LLAMA_LIKE, "gpt2", "bert")
 
 # Attributes that say nothing about logits. Dropout of the base is in this group on
 # purpose: these models run as `transformers` does in `eval` mode.
 _IGNORABLE = frozenset(
     "_attn_implementation _attn_implementation_autoset _name_or_path architectures "
-    "attention_dropout attn_implementation attn_pdrop bos_token_id dtype embd_pdrop "
-    "eos_token_id gradient_checkpointing id2label is_llama_config label2id "
+    "attention_dropout attention_probs_dropout_prob attn_implementation attn_pdrop "
+    "bos_token_id classifier_dropout dtype embd_pdrop eos_token_id "
+    "gradient_checkpointing hidden_dropout_prob id2label is_llama_config label2id "
     "max_position_embeddings max_sequence_length model_type n_ctx name_or_path "
     "num_labels output_attentions output_hidden_states pad_token_id prefix "
     "problem_type resid_pdrop return_dict summary_activation summary_first_dropout "
@@ -37,6 +39,7 @@ _IGNORABLE = frozenset(
 _AS_USUAL = {
     "is_decoder": (True, False),  # decides about caches in old code, not about logits
     "partial_rotary_factor": (None, 1.0),
+    "position_embedding_type": (None, "absolute"),
     "pruned_heads": (None, {}),
     "quantization_config": (None,),
     "rope_interleaved": (None, False),
@@ -111,7 +114,7 @@ class Gpt2Config:
         return self.n_head, self.n_embd // self.n_head
 
 
-def config_from_hf(hf_config: Any) -> LlamaConfig | Gpt2Config:
+def config_from_hf(hf_config: Any) -> LlamaConfig | Gpt2Config | BertConfig:
     """Reads a Hugging Face config, refusing what these models do not compute.
 
     Args:
@@ -119,7 +122,7 @@ def config_from_hf(hf_config: Any) -> LlamaConfig | Gpt2Config:
             `config.json`. A mapping needs `model_type`.
 
     Returns:
-        A frozen, hashable `LlamaConfig` or `Gpt2Config`.
+        A frozen, hashable `LlamaConfig`, `Gpt2Config` or `BertConfig`.
 
     Raises:
         ConfigError: for another `model_type`, and for any attribute whose value
@@ -132,7 +135,7 @@ def config_from_hf(hf_config: Any) -> LlamaConfig | Gpt2Config:
     """
     given, defaults = _attributes(hf_config)
     family = given["model_type"]
-    read = _gpt2 if family == "gpt2" else _llama
+    read = {"gpt2": _gpt2, "bert": read_bert}.get(family, _llama)
     config, handled = read(family, given)
     _refuse_unknown(family, given, defaults, handled)
     return config
@@ -170,7 +173,7 @@ def _attributes(hf_config: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _llama(family: str, given: dict[str, Any]) -> tuple[LlamaConfig, set[str]]:
-    act = _activation("hidden_act", given["hidden_act"])
+    act = checked_activation("hidden_act", given["hidden_act"])
     heads, kv_heads = given["num_attention_heads"], given["num_key_value_heads"]
     if heads % kv_heads:
         raise ConfigError(
@@ -255,7 +258,7 @@ def _gpt2(family: str, given: dict[str, Any]) -> tuple[Gpt2Config, set[str]]:
         n_inner=given["n_inner"] or 4 * width,
         n_layer=given["n_layer"],
         n_head=heads,
-        activation_function=_activation(
+        activation_function=checked_activation(
             "activation_function", given["activation_function"]
         ),
         layer_norm_epsilon=given["layer_norm_epsilon"],
@@ -265,15 +268,6 @@ def _gpt2(family: str, given: dict[str, Any]) -> tuple[Gpt2Config, set[str]]:
         family=family,
     )
     return config, {field.name for field in dataclasses.fields(config)}
-
-
-def _activation(attribute: str, name: str) -> str:
-    if name not in ACTIVATIONS:
-        raise ConfigError(
-            f"`{attribute}` = {name!r} is not one of the activations here: "
-            f"{', '.join(sorted(ACTIVATIONS))}."
-        )
-    return name
 
 
 def _refuse_unknown(

@@ -9,9 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._errors import CheckpointError
+from ._base import Params
+from ._bert_config import BertConfig
+from ._encoder import Encoder
 from ._files import Tensors, find_folder, open_tensors, read_json
-from ._model import Model, Params, from_config
-from ._names import BUFFERS, DEFAULT_PREFIX, PREFIX, TIED_HEAD
+from ._from_config import from_config
+from ._model import Model
+from ._spellings import copies, found_name, leftovers
 from ._stack import Remat
 
 
@@ -22,7 +26,7 @@ def load(
     scan_layers: bool = False,
     remat: Remat = None,
     attention: str = "auto",
-) -> tuple[Model, Params]:
+) -> tuple[Model | Encoder, Params]:
     """A model and its parameters from a Hugging Face checkpoint.
 
     Reads `config.json` and `model.safetensors` (or its shards), memory-mapped, one
@@ -38,7 +42,8 @@ def load(
         attention: as for `from_config`.
 
     Returns:
-        `(model, params)`; `params` is a nested dictionary of JAX arrays.
+        `(model, params)`; `params` is a nested dictionary of JAX arrays. The model is
+        a `Model`, or for BERT an `Encoder`, which has a pooler if the files hold one.
 
     Raises:
         CheckpointError: if `where` is not a checkpoint or does not fit its config.
@@ -61,6 +66,10 @@ def load(
             attention=attention,
         )
         theirs = _their_names(model, tensors)
+        if _lacks_pooler(model, tensors, theirs):
+            config = dataclasses.replace(model.config, pooler=False)
+            model = dataclasses.replace(model, config=config)
+            theirs = _their_names(model, tensors)
         _check(model, tensors, theirs)
         if dtype is None:
             table = next(iter(theirs.values()))[0]
@@ -68,7 +77,7 @@ def load(
         return model, _read(model, tensors, theirs)
 
 
-def to_hf(model: Model, params: Params) -> dict[str, np.ndarray]:
+def to_hf(model: Model | Encoder, params: Params) -> dict[str, np.ndarray]:
     """The parameters under their Hugging Face names, in their layout.
 
     Args:
@@ -99,7 +108,7 @@ def to_hf(model: Model, params: Params) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _get(params: Params, path: str, model: Model) -> Any:
+def _get(params: Params, path: str, model: Model | Encoder) -> Any:
     """The leaf at a path; for a `{i}` of an unrolled tree, all layers' leaves."""
     before, layered, after = path.partition("/{i}/")
     node = _walk(params, before)
@@ -116,35 +125,42 @@ def _walk(node: Any, path: str) -> Any:
     return node
 
 
-def _their_names(model: Model, tensors: Tensors) -> dict[str, tuple[str, ...]]:
-    """Our path template -> the tensors that fill it, one per layer (or just one).
-
-    A checkpoint of the headless model leaves out the first part of every name.
-    """
-    prefix = PREFIX.get(model.config.family, DEFAULT_PREFIX)
-    bare = not any(name.startswith(prefix) for name in tensors.names)
+def _their_names(
+    model: Model | Encoder, tensors: Tensors
+) -> dict[str, tuple[str, ...]]:
+    """Our path template -> the tensors that fill it, one per layer (or just one)."""
+    held = tensors.names
     return {
         ours: tuple(
-            (theirs.removeprefix(prefix) if bare else theirs).format(i=i)
+            found_name(model.config, theirs.format(i=i), held)
             for i in range(model.num_layers if "{i}" in ours else 1)
         )
         for ours, theirs, _ in model.names
     }
 
 
-def _check(model: Model, tensors: Tensors, theirs: dict[str, tuple[str, ...]]) -> None:
+def _lacks_pooler(
+    model: Model | Encoder, tensors: Tensors, theirs: dict[str, tuple[str, ...]]
+) -> bool:
+    """Whether the model is a bare BERT with a pooler, and the files hold none."""
+    config = model.config
+    if not (isinstance(config, BertConfig) and config.pooler and config.head is None):
+        return False
+    return not any(
+        name in tensors.names
+        for ours, names in theirs.items()
+        if ours.startswith("pooler/")
+        for name in names
+    )
+
+
+def _check(
+    model: Model | Encoder, tensors: Tensors, theirs: dict[str, tuple[str, ...]]
+) -> None:
     """Raises unless the files hold exactly the model's parameters."""
-    prefix = PREFIX.get(model.config.family, DEFAULT_PREFIX)
     expected = {name for names in theirs.values() for name in names}
-    ignored = {
-        buffer.format(prefix=some, i=i)
-        for buffer in BUFFERS
-        for some in ("", prefix)
-        for i in range(model.num_layers)
-    }
-    tied = model.config.tie_word_embeddings
-    if tied:
-        ignored.add(TIED_HEAD)
+    tied = list(copies(model.config))
+    ignored = leftovers(model.config) | {copy for copy, _ in tied}
     problems = [f"  missing     {name}" for name in sorted(expected - tensors.names)]
     problems += [
         f"  unexpected  {name}" for name in sorted(tensors.names - expected - ignored)
@@ -171,17 +187,21 @@ def _check(model: Model, tensors: Tensors, theirs: dict[str, tuple[str, ...]]) -
         )
     for name in expected:
         tensors.dtype(name)
-    if tied and TIED_HEAD in tensors.names:
-        table = next(iter(theirs.values()))[0]
-        if not np.array_equal(tensors.read(TIED_HEAD), tensors.read(table)):
+    for copy, original in tied:
+        original = found_name(model.config, original, tensors.names)
+        if copy not in tensors.names:
+            continue
+        if not np.array_equal(tensors.read(copy), tensors.read(original)):
             raise CheckpointError(
-                f"The config ties the head to the embedding, but {TIED_HEAD} differs "
-                f"from {table}. Set `tie_word_embeddings` to false in config.json to "
-                "keep both."
+                f"The config ties the head to the embedding, but {copy} differs "
+                f"from {original}. Set `tie_word_embeddings` to false in config.json "
+                "to keep both."
             )
 
 
-def _read(model: Model, tensors: Tensors, theirs: dict[str, tuple[str, ...]]) -> Params:
+def _read(
+    model: Model | Encoder, tensors: Tensors, theirs: dict[str, tuple[str, ...]]
+) -> Params:
     params: Params = {}
     # `device_put` and not `jnp.asarray`, which compiles a copy for every shape.
     for ours, _, layout in model.names:

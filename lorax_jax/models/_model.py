@@ -1,48 +1,38 @@
 """`Model`: a config turned into pure functions over a tree of arrays."""
 
 import dataclasses
-import functools
-from typing import Any, cast, overload
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int
 
-from ._attention import (
-    BACKENDS,
-    Backend,
-    new_positions,
-    sight_into_cache,
-    sight_without_cache,
-)
+from ._attention import new_positions, sight_into_cache, sight_without_cache
+from ._base import Architecture, Params
 from ._cache import Cache, empty_cache
 from ._checks import (
     check_positions,
     check_room,
-    check_tree,
     checked_ids,
+    checked_integers,
     checked_mask,
-    checked_positions,
 )
-from ._config import Gpt2Config, LlamaConfig, config_from_hf
+from ._config import Gpt2Config, LlamaConfig
 from ._gpt2 import Gpt2
 from ._llama import Llama
 from ._names import Names, names_for
-from ._stack import Remat
-
-Params = dict[str, Any]
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
-class Model:
-    """A model without its parameters: what to compute, not with what.
+class Model(Architecture[LlamaConfig | Gpt2Config]):
+    """A model that predicts the next token, without its parameters.
 
     Frozen and hashable, so it may be a static argument of `jax.jit`; its methods are
     pure functions of a nested dictionary of arrays:
 
+        >>> from lorax_jax.models import from_config
         >>> config = {"model_type": "llama", "vocab_size": 32, "hidden_size": 16,
         ...           "intermediate_size": 24, "num_hidden_layers": 2,
         ...           "num_attention_heads": 2}
@@ -53,22 +43,8 @@ class Model:
         >>> model.apply(params, jnp.array([[1, 2, 3]])).shape  # (batch, seq, vocab)
         (1, 3, 32)
 
-    Attributes:
-        config: the family's numbers, a `LlamaConfig` or a `Gpt2Config`.
-        dtype: of activations and of new parameters. Norms, softmax and rotary tables
-            are computed in float32 and cast back, as Transformers does.
-        scan_layers: layers are stacked, `layers/mlp/up_proj/kernel` has shape
-            `(n_layers, d_in, d_out)`, and the forward pass is one `jax.lax.scan`:
-            compiles faster, runs somewhat slower.
-        remat: None, `"full"`, or a policy of `jax.checkpoint_policies`; per layer.
-        attention: `"auto"`, `"xla"` or `"cudnn"`; see `apply`.
+    Its attributes are those of `Architecture`.
     """
-
-    config: LlamaConfig | Gpt2Config
-    dtype: Any = dataclasses.field(default_factory=lambda: jnp.dtype("float32"))
-    scan_layers: bool = False
-    remat: Remat = None
-    attention: Backend = "auto"
 
     @property
     def names(self) -> Names:
@@ -83,32 +59,10 @@ class Model:
         """How many layers the model has."""
         return self.config.num_layers
 
-    def init(self, key: PRNGKeyArray) -> Params:
-        """Random parameters, distributed as Transformers initializes them.
-
-        Layers are drawn alike whether stacked or not.
-
-        Args:
-            key: a key from `jax.random.key`.
-
-        Returns:
-            A nested dictionary of arrays of dtype `self.dtype`.
-        """
-        module = _build(self, nnx.Rngs(key))
-        return nnx.to_pure_dict(nnx.state(module))
-
-    def abstract(self) -> Params:
-        """The parameter tree as `jax.ShapeDtypeStruct`s; allocates nothing.
-
-        Returns:
-            A nested dictionary like that of `init`.
-
-        Example:
-            >>> shapes = from_config({"model_type": "gpt2"}).abstract()
-            >>> sum(leaf.size for leaf in jax.tree.leaves(shapes))
-            124439808
-        """
-        return jax.eval_shape(self.init, jax.random.key(0))
+    def build(self, rngs: nnx.Rngs) -> Llama | Gpt2:
+        """The module, with parameters drawn from `rngs`."""
+        family: Any = Gpt2 if isinstance(self.config, Gpt2Config) else Llama
+        return family(self.config, dtype=self.dtype, scan=self.scan_layers, rngs=rngs)
 
     def init_cache(self, batch: int, length: int, dtype: Any = None) -> Cache:
         """An empty key-value cache.
@@ -125,7 +79,7 @@ class Model:
             ValueError: if GPT-2 has fewer positions than `length`.
         """
         if isinstance(self.config, Gpt2Config):
-            check_positions(self.config, length)
+            _check_learned(self.config, length)
         kv_heads, head_dim = self.config.cached_shape
         return empty_cache(
             layers=self.num_layers,
@@ -273,11 +227,6 @@ class Model:
         """
         return self._module(params).head(hidden)
 
-    def _module(self, params: Params) -> Llama | Gpt2:
-        graphdef, shapes = _skeleton(self)
-        check_tree(params, shapes)
-        return nnx.merge(graphdef, params)
-
     def _run(
         self, module: Llama | Gpt2, ids: Any, positions: Any, mask: Any, cache: Any
     ) -> tuple[Float[Array, "batch seq width"], Cache | None]:
@@ -291,13 +240,13 @@ class Model:
         if after is not None:
             check_room(after, batch, seq)
         elif isinstance(self.config, Gpt2Config):
-            check_positions(self.config, seq)
+            _check_learned(self.config, seq)
 
         if positions is None:
             start = None if seen is None else seen.next_position
             positions = new_positions(mask, start, seq)
         else:
-            positions = checked_positions(positions, ids)
+            positions = checked_integers("positions", positions, ids)
         if after is not None:
             after = _note_tokens(after, positions, mask, seq)
         window = getattr(self.config, "sliding_window", None)
@@ -320,68 +269,6 @@ class Model:
         return states, after
 
 
-def from_config(
-    hf_config: Any,
-    *,
-    dtype: Any = jnp.float32,
-    scan_layers: bool = False,
-    remat: Remat = None,
-    attention: str = "auto",
-) -> Model:
-    """A model from a Hugging Face config.
-
-    Args:
-        hf_config: a `transformers` config, or a mapping such as a parsed
-            `config.json`.
-        dtype: of activations and new parameters: float32, bfloat16 or float16.
-        scan_layers: stack the layers and scan over them.
-        remat: None, `"full"`, or a policy such as
-            `jax.checkpoint_policies.dots_with_no_batch_dims_saveable`, for each layer.
-        attention: `"auto"`, `"xla"` or `"cudnn"`.
-
-    Returns:
-        A `Model`.
-
-    Raises:
-        ConfigError: if the config asks for something these models do not
-            compute.
-        ValueError: for any other argument that is not one of the above.
-
-    Example:
-        >>> from_config({"model_type": "gpt2"}, scan_layers=True).names[2]
-        ('h/{i}/ln_1/scale', 'transformer.h.{i}.ln_1.weight', 'same')
-    """
-    dtype = jnp.dtype(dtype)
-    if dtype.name not in DTYPES:
-        raise ValueError(f"`dtype` = {dtype.name} must be one of {', '.join(DTYPES)}.")
-    if not (remat in (None, "full") or callable(remat)):
-        raise ValueError(
-            f"`remat` = {remat!r} must be None, 'full' or a policy such as "
-            "jax.checkpoint_policies.dots_with_no_batch_dims_saveable."
-        )
-    if attention not in BACKENDS:
-        raise ValueError(
-            f"`attention` = {attention!r} must be one of {', '.join(BACKENDS)}."
-        )
-    config, backend = config_from_hf(hf_config), cast(Backend, attention)
-    return Model(config, dtype, scan_layers, remat, backend)
-
-
-def _build(model: Model, rngs: nnx.Rngs) -> Llama | Gpt2:
-    config = model.config
-    shared: Any = {"dtype": model.dtype, "scan": model.scan_layers, "rngs": rngs}
-    if isinstance(config, Gpt2Config):
-        return Gpt2(config, **shared)
-    return Llama(config, **shared)
-
-
-@functools.lru_cache(maxsize=64)
-def _skeleton(model: Model) -> tuple[Any, Params]:
-    """The module without arrays, and the shapes that its parameters have."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: _build(model, nnx.Rngs(0))))
-    return graphdef, nnx.to_pure_dict(state)
-
-
 def _note_tokens(
     cache: Cache,
     positions: Int[Array, "rows seq"],
@@ -396,3 +283,9 @@ def _note_tokens(
         valid=jax.lax.dynamic_update_slice(cache.valid, real, (0, cache.length)),
         next_position=jnp.maximum(cache.next_position, after.max(axis=1)),
     )
+
+
+def _check_learned(config: Gpt2Config, length: int) -> None:
+    limit = config.n_positions
+    advice = f"If what you decode fits, pass cache=model.init_cache(batch, {limit})."
+    check_positions(length, limit, "GPT-2", "n_positions", advice)

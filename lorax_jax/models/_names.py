@@ -9,10 +9,15 @@ A table is plain data, a tuple of `(ours, theirs, layout)`:
   where the two agree: embeddings, vectors and GPT-2's `Conv1D` kernels.
 """
 
+from .._names import Entry, NameMap
+from ._bert_config import BertConfig
 from ._config import Gpt2Config, LlamaConfig
 
-Entry = tuple[str, str, str]
 Names = tuple[Entry, ...]
+
+
+LM_HEAD = "lm_head.weight"
+_PREDICTIONS = "cls.predictions"
 
 
 def names_for(config: LlamaConfig | Gpt2Config) -> Names:
@@ -25,20 +30,6 @@ def names_for(config: LlamaConfig | Gpt2Config) -> Names:
         A tuple of `(ours, theirs, layout)`.
     """
     return _gpt2(config) if isinstance(config, Gpt2Config) else _llama(config)
-
-
-# Tensors that real checkpoints hold besides parameters: masks and frequencies that
-# old versions of Transformers saved.
-BUFFERS = (
-    "{prefix}h.{i}.attn.bias",
-    "{prefix}h.{i}.attn.masked_bias",
-    "{prefix}layers.{i}.self_attn.rotary_emb.inv_freq",
-)
-
-# The part of a name that a checkpoint of the headless model leaves out.
-PREFIX = {"gpt2": "transformer."}
-DEFAULT_PREFIX = "model."
-TIED_HEAD = "lm_head.weight"
 
 
 def _llama(config: LlamaConfig) -> Names:
@@ -71,7 +62,7 @@ def _llama(config: LlamaConfig) -> Names:
         linear(f"mlp/{projection}", config.mlp_bias)
     entries.append(("norm/scale", "model.norm.weight", "same"))
     if not config.tie_word_embeddings:
-        entries.append(("lm_head/kernel", TIED_HEAD, "linear"))
+        entries.append(("lm_head/kernel", LM_HEAD, "linear"))
     return tuple(entries)
 
 
@@ -94,5 +85,59 @@ def _gpt2(config: Gpt2Config) -> Names:
     entries.append(("ln_f/scale", "transformer.ln_f.weight", "same"))
     entries.append(("ln_f/bias", "transformer.ln_f.bias", "same"))
     if not config.tie_word_embeddings:
-        entries.append(("lm_head/kernel", TIED_HEAD, "linear"))
+        entries.append(("lm_head/kernel", LM_HEAD, "linear"))
     return tuple(entries)
+
+
+def bert_names(config: BertConfig) -> NameMap:
+    """The same for BERT, whose masked-LM head has a name of its own.
+
+    A bare `BertModel` has tensors such as `encoder.layer.0.output.dense.weight`; under
+    a head they begin with `bert.`.
+
+    Args:
+        config: its head and pooler decide on the entries.
+
+    Returns:
+        A map that also knows what a tied head is called.
+    """
+    entries: list[Entry] = []
+    body = "bert." if config.head else ""
+
+    def table(module: str) -> None:
+        theirs = body + module.replace("/", ".")
+        entries.append((f"{module}/embedding", f"{theirs}.weight", "same"))
+
+    def linear(module: str, body: str = body) -> None:
+        theirs = body + module.replace("/", ".")
+        entries.append((f"{module}/kernel", f"{theirs}.weight", "linear"))
+        entries.append((f"{module}/bias", f"{theirs}.bias", "same"))
+
+    def norm(module: str, body: str = body) -> None:
+        theirs = body + module.replace("/", ".")
+        entries.append((f"{module}/scale", f"{theirs}.weight", "same"))
+        entries.append((f"{module}/bias", f"{theirs}.bias", "same"))
+
+    for name in ("word", "position", "token_type"):
+        table(f"embeddings/{name}_embeddings")
+    norm("embeddings/LayerNorm")
+    layer = "encoder/layer/{i}"
+    for projection in ("query", "key", "value"):
+        linear(f"{layer}/attention/self/{projection}")
+    for half in ("attention/output", "intermediate", "output"):
+        linear(f"{layer}/{half}/dense")
+        if half != "intermediate":
+            norm(f"{layer}/{half}/LayerNorm")
+    if config.pooler:
+        linear("pooler/dense")
+    if config.head == "masked_lm":
+        linear("cls/predictions/transform/dense", "")
+        norm("cls/predictions/transform/LayerNorm", "")
+        if config.tied:
+            entries.append(("cls/predictions/bias", f"{_PREDICTIONS}.bias", "same"))
+        else:
+            linear("cls/predictions/decoder", "")
+    if config.head == "classifier":
+        linear("classifier", "")
+    tied = "embeddings/word_embeddings/embedding" if config.tied else None
+    return NameMap(tuple(entries), head=f"{_PREDICTIONS}.decoder", tied=tied)

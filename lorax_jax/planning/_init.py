@@ -6,7 +6,7 @@ from jaxtyping import PRNGKeyArray
 
 from .. import _paths
 from .._errors import PlanError
-from ..adapters import Adapter, Fixed, is_weight
+from ..adapters import Adapter, Fixed, as_key, is_weight
 from ._plan import Plan
 from ._start import start
 
@@ -29,6 +29,7 @@ def init(plan: Plan, params: Any, *, key: PRNGKeyArray) -> Adapter:
 
     Raises:
         PlanError: if `params` is not the tree of the plan.
+        AdapterError: if `key` is no PRNG key.
 
     Example:
         >>> import jax, jax.numpy as jnp, lorax_jax as lj
@@ -45,6 +46,7 @@ def init(plan: Plan, params: Any, *, key: PRNGKeyArray) -> Adapter:
         if hasattr(leaf, "shape")
     }
     shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
+    key = as_key(key, "`init(..., key=)`")
     train, fixed = {}, {}
     for slot in plan.slots:
         if shapes.get(slot.role.path) != slot.shape:

@@ -2,17 +2,19 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
 from .. import _paths, initializers
 from .._config import LoraConfig
-from .._errors import PlanError, closest, shorten
+from .._errors import PlanError, PlanWarning, closest, shorten
 from ..adapters import Role
-from ..transform import Consumer, Leaf, trace_roles
+from ..transform import Consumer, Leaf, read
 from ._beside import beside
+from ._rehearse import rehearse
 from ._select import Selection
 from ._sites import Site, Slot
 from ._table import table
@@ -99,6 +101,8 @@ def plan(
     kwargs: Mapping[str, Any] | None = None,
     *,
     roles: Mapping[str, Any] | None = None,
+    materialize: str | Iterable[str] = "error",
+    custom: str = "error",
 ) -> Plan:
     """Decides which weights of a model are adapted, and prints as a table.
 
@@ -113,8 +117,11 @@ def plan(
         args: its other positional arguments, or their types.
         kwargs: its keyword arguments.
         roles: instead of `fn`, or over what it shows: path -> a dict with `inputs`,
-            `outputs` and optionally `batch` (tuples of axes) and `lookup` (`True` for
-            a table whose `inputs` axis is looked up).
+            `outputs` and optionally `batch` (tuples of axes), `lookup` (`True` for a
+            table whose `inputs` axis is looked up) and `groups` (of outputs, as in
+            grouped convolutions).
+        materialize, custom: what `adapt` will be told. A plan that it would refuse
+            warns (`PlanWarning`) with the reason and the way out.
 
     Returns:
         A `Plan`.
@@ -155,14 +162,20 @@ def plan(
         for path, leaf in _paths.flatten(params)[0]
         if hasattr(leaf, "shape") and hasattr(leaf, "dtype")
     ]
+    reading = None
     if fn is not None:
-        found = trace_roles(fn, params, args, kwargs or {})
+        reading = read(fn, params, args, kwargs or {})
+        found = reading.leaves
     else:
         found = {path: Leaf(path, tuple(leaf.shape)) for path, leaf in arrays}
     _declare(found, roles or {})
     selection = Selection(config, found, {path: leaf.dtype for path, leaf in arrays})
     slots = selection.slots()
     slots += beside(config, selection.candidates, slots, selection.dtypes)
+    if reading is not None:
+        refusal = rehearse(reading, slots, config.dtype, materialize, custom)
+        if refusal is not None:
+            warnings.warn(refusal, PlanWarning, stacklevel=2)
     patterns = [rule.pattern for rule in selection.rules]
     return Plan(
         config,
@@ -211,4 +224,14 @@ def _declare(found: dict[str, Leaf], roles: Mapping[str, Any]) -> None:
         named |= dict.fromkeys(outputs, "out")
         kind = "lookup" if declared.get("lookup") else "product"
         whole = tuple(named.get(i, "batch") for i in range(len(leaf.shape)))
-        leaf.consumers = [Consumer(kind, whole, source="declared in `roles`")]
+        declared_here = Consumer(
+            kind, whole, source="declared in `roles`", groups=declared.get("groups", 1)
+        )
+        groups = declared_here.groups
+        if groups < 1 or leaf.size(declared_here, "out") % groups:
+            raise PlanError(
+                f"`roles[{path!r}]` has {groups} groups, into which the "
+                f"{leaf.size(declared_here, 'out')} outputs of shape {leaf.shape} do "
+                "not divide."
+            )
+        leaf.consumers = [declared_here]

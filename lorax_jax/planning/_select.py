@@ -171,6 +171,11 @@ class Selection:
                 "share one array. Give all of them the same."
             )
         if doras == {True}:
+            if role.groups > 1:
+                raise PlanError(
+                    f"{leaf.path!r} is the kernel of a grouped convolution, for which "
+                    "DoRA is not defined here. Give it a rule with {'dora': False}."
+                )
             role = dataclasses.replace(role, kind="dora")
         return Slot(
             role,
@@ -207,7 +212,9 @@ class Selection:
             raise PlanError(
                 f"`rank` = {rule.rank} exceeds {most}, the rank that "
                 f"{candidate.path!r} of shape {role.sizes(leaf.shape, kept)} can have "
-                f"(in {role.inputs}, out {role.outputs}). Lower `rank` for this site: "
+                f"(in {role.inputs}, out {role.outputs}"
+                + (f" in {role.groups} groups). " if role.groups > 1 else "). ")
+                + "Lower `rank` for this site: "
                 f"targets={{{candidate.path!r}: {{'rank': {most}}}, ...}}"
             )
         vectors = (role.kind == "dora") + self._has_bias(role)
@@ -229,13 +236,13 @@ class Selection:
 
 
 def max_rank(role: Role, shape: Sequence[int]) -> int:
-    """The largest rank that a product over these axes can have."""
+    """The largest rank that a product over these axes can have, in a group."""
     d_in = d_out = 1
     for n in role.sizes(shape, role.inputs):
         d_in *= n
     for n in role.sizes(shape, role.outputs):
         d_out *= n
-    return min(d_in, d_out)
+    return min(d_in, d_out // role.groups)
 
 
 def is_linear(leaf: Leaf, rows: frozenset[int]) -> bool:
@@ -290,7 +297,7 @@ def find_role(leaf: Leaf, tie: str | None) -> Role:
             "gradient there.",
             stacklevel=6,
         )
-    kinds = {c.axes: c for c in products}
+    kinds = {(c.axes, c.groups): c for c in products}
     if lookups and products:
         if tie is None:
             raise PlanError(_tied(leaf, lookups[0], products[0]))
@@ -331,6 +338,7 @@ def _role(
         stack=len(stacks),
         lookup=table,
         use=use,
+        groups=consumer.groups,
     )
 
 
@@ -349,6 +357,8 @@ def _where(consumer: Consumer, role: str) -> tuple[int, ...]:
 def _dead(leaf: Leaf) -> str:
     others = sorted({c.primitive for c in leaf.of_kind("other")})
     used = f"only {shorten(others)} reads it" if others else "nothing reads it"
+    reasons = sorted({c.problem for c in leaf.of_kind("other") if c.problem})
+    used += "".join(f" ({reason})" for reason in reasons)
     return (
         f"{leaf.path!r} of shape {leaf.shape} is a target, but no product or lookup of "
         f"the function uses it: {used}. Leave it out of `targets`, or plan on a "

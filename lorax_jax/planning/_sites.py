@@ -125,22 +125,59 @@ class Slot:
 
     def shape_a(self) -> tuple[int, ...]:
         """Shape of the array `a`."""
-        return (*self.layers, *self.experts, *self.inputs, self.rank)
+        return self.role.shapes(self.shape, self.rank)[0]
 
     def shape_b(self) -> tuple[int, ...]:
         """Shape of the array `b`."""
-        return (*self.layers, *self.experts, self.rank, *self.outputs)
+        return self.role.shapes(self.shape, self.rank)[1]
+
+    @property
+    def apart(self) -> tuple[int, ...]:
+        """Sizes of what has matrices of its own within a layer: experts and groups."""
+        return (*self.experts, *self.role.grouped)
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """`(d_in, d_out)` of those matrices."""
+        return math.prod(self.inputs), math.prod(self.outputs) // self.role.groups
+
+    def matrices(self, a: Any, b: Any) -> tuple[Any, Any]:
+        """The arrays `a` and `b` as matrices, on the host or on a device.
+
+        Returns:
+            Arrays `(sites, *apart, d_in, rank)` and `(sites, *apart, rank, d_out)`.
+        """
+        count, rank = len(self.sites), a.shape[-1]
+        d_in, d_out = self.sides
+        if not self.role.grouped:
+            return (
+                a.reshape(count, *self.apart, d_in, rank),
+                b.reshape(count, *self.apart, rank, d_out),
+            )
+        groups = self.role.groups
+        a = a.reshape(count, *self.experts, d_in, groups, rank)
+        b = b.reshape(count, *self.experts, rank, groups, d_out)
+        return a.swapaxes(-2, -3), b.swapaxes(-2, -3)
+
+    def arrays(self, a: Any, b: Any) -> tuple[Any, Any]:
+        """Undoes `matrices`."""
+        if self.role.grouped:
+            a, b = a.swapaxes(-2, -3), b.swapaxes(-2, -3)
+        rank = a.shape[-1]
+        shape_a, shape_b = self.role.shapes(self.shape, rank)
+        return a.reshape(shape_a), b.reshape(shape_b)
 
 
 def parameters(role: Role, shape: tuple[int, ...], rank: int, vectors: int = 0) -> int:
-    """Trainable values of one site: `rank * (d_in + d_out)` for each expert.
+    """Trainable values of one site at `rank`.
 
+    `rank * (d_in + d_out)` for each expert; with groups, `d_in` for each of them.
     `vectors` counts what is as long as the outputs: a bias of B, a magnitude.
     """
     inputs = math.prod(role.sizes(shape, role.inputs))
     outputs = math.prod(role.sizes(shape, role.outputs))
     experts = math.prod(role.sizes(shape, role.batch[role.stack :]))
-    return experts * (rank * (inputs + outputs) + vectors * outputs)
+    return experts * (rank * (role.groups * inputs + outputs) + vectors * outputs)
 
 
 def part_indices(role: Role, shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:

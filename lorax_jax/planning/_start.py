@@ -94,11 +94,7 @@ _START: dict[str, Callable[..., Start]] = {
 
 
 def _draw(slot: Slot, key: PRNGKeyArray, dtype: Any) -> dict[str, jax.Array]:
-    d_in, d_out = 1, 1
-    for n in slot.inputs:
-        d_in *= n
-    for n in slot.outputs:
-        d_out *= n
+    d_in, d_out = slot.sides
     weight = jax.ShapeDtypeStruct((d_in, d_out), slot.dtype)
     # Layers that start alike are drawn in one call, mapped over their keys.
     alike: dict[tuple[Any, ...], list[int]] = {}
@@ -106,8 +102,8 @@ def _draw(slot: Slot, key: PRNGKeyArray, dtype: Any) -> dict[str, jax.Array]:
         if site is not None:
             alike.setdefault((site.rank, site.scale, site.init), []).append(i)
     count = len(slot.sites)
-    a = jnp.zeros((count, *slot.experts, d_in, slot.rank), dtype)
-    b = jnp.zeros((count, *slot.experts, slot.rank, d_out), dtype)
+    a = jnp.zeros((count, *slot.apart, d_in, slot.rank), dtype)
+    b = jnp.zeros((count, *slot.apart, slot.rank, d_out), dtype)
     for (rank, scale, method), layers in alike.items():
         draw = _initializer(slot, method)
 
@@ -115,10 +111,10 @@ def _draw(slot: Slot, key: PRNGKeyArray, dtype: Any) -> dict[str, jax.Array]:
             return draw(weight, rank=rank, scale=scale, key=key)
 
         keys = jnp.stack([_site_key(key, slot.sites[i], slot) for i in layers])
-        for _ in slot.experts:
+        for _ in slot.apart:
             start = jax.vmap(start)
         found = jax.vmap(start)(keys)
-        pad = [(0, 0)] * (1 + len(slot.experts))
+        pad = [(0, 0)] * (1 + len(slot.apart))
         extra = (0, slot.rank - rank)
         new_a = jnp.pad(found.a.astype(dtype), [*pad, (0, 0), extra])
         new_b = jnp.pad(found.b.astype(dtype), [*pad, extra, (0, 0)])
@@ -127,25 +123,23 @@ def _draw(slot: Slot, key: PRNGKeyArray, dtype: Any) -> dict[str, jax.Array]:
         else:
             at = jnp.array(layers)
             a, b = a.at[at].set(new_a), b.at[at].set(new_b)
-    return {"a": a.reshape(slot.shape_a()), "b": b.reshape(slot.shape_b())}
+    a, b = slot.arrays(a, b)
+    return {"a": a, "b": b}
 
 
 def _initializer(slot: Slot, method: Any) -> Callable[..., initializers.Start]:
+    start = initializers.get(method)
     if not slot.role.lookup:
-        return initializers.get(method)
-
-    def table(weight, **kwargs):
-        zero = method is not False and method != "random"
-        return initializers.embedding(weight, zero=zero, **kwargs)
-
-    return table
+        return start
+    zero = start is not initializers.random
+    return functools.partial(initializers.embedding, zero=zero)
 
 
 def _site_key(key: PRNGKeyArray, site: Site | None, slot: Slot) -> PRNGKeyArray:
     assert site is not None
     name = f"{site.path}@{site.use}" if site.use else site.path
     key = jax.random.fold_in(key, stable_hash(name))
-    return jax.random.split(key, slot.experts) if slot.experts else key
+    return jax.random.split(key, slot.apart) if slot.apart else key
 
 
 def _fixed(slot: Slot) -> dict[str, jax.Array]:

@@ -75,7 +75,8 @@ def _axes(site: Site) -> str:
     batch = role.batch[role.stack :]
     prefix = f"[{names(batch)}] " if batch else ""
     lookup = "rows " if role.lookup else ""
-    return f"{prefix}{lookup}{names(role.inputs)} -> {names(role.outputs)}"
+    groups = f" in {role.groups} groups" if role.groups > 1 else ""
+    return f"{prefix}{lookup}{names(role.inputs)} -> {names(role.outputs)}{groups}"
 
 
 def _pattern(path: str) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """How pieces of a weight follow what a model does to the weight."""
 
+from ._axes import GROUP as GROUP
 from ._axes import RANK as RANK
 from ._axes import Along as Along
 from ._axes import AxisOp as AxisOp
@@ -7,6 +8,7 @@ from ._axes import Broadcast as Broadcast
 from ._axes import Cast as Cast
 from ._axes import Group as Group
 from ._axes import Label as Label
+from ._axes import Pick as Pick
 from ._axes import Place as Place
 from ._axes import Reshape as Reshape
 from ._axes import Scale as Scale
@@ -16,12 +18,17 @@ from ._axes import reshape as reshape
 from ._bilinear import AxisRole as AxisRole
 from ._bilinear import Bilinear as Bilinear
 from ._bilinear import Use as Use
+from ._conv import Conv as Conv
 from ._dot import Dot as Dot
 from ._factor import Factor as Factor
 from ._factor import is_factor as is_factor
+from ._groups import group_count as group_count
+from ._groups import keep_groups as keep_groups
+from ._groups import outer as outer
 from ._products import OperandLabel as OperandLabel
 from ._products import arrange as arrange
 from ._products import cost as cost
 from ._products import product as product
 from ._products import wide as wide
+from ._ragged import Ragged as Ragged
 from ._take import Take as Take

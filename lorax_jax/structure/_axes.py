@@ -8,8 +8,8 @@ of a quantized base, a probe that only watches) applies the description to its p
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, SupportsIndex
 
 import jax
 
@@ -17,6 +17,7 @@ import jax
 # weight does not have.
 Label = int | str
 RANK = "rank"
+GROUP = "group"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +52,12 @@ class Reshape:
 
 @dataclasses.dataclass(frozen=True)
 class Broadcast:
-    """Old axis `i` becomes new axis `positions[i]` of `shape`; the others are new."""
+    """Old axis `i` becomes new axis `positions[i]` of `shape`; the others are new.
 
-    positions: tuple[int, ...]
+    JAX's `vmap` leaves NumPy integers among the positions.
+    """
+
+    positions: tuple[SupportsIndex, ...]
     shape: tuple[int, ...]
 
 
@@ -66,10 +70,35 @@ class Along:
         map: `map(array, axis)` transforms one axis of an array and leaves the others.
         fills: whether the map makes entries that are zero whatever the input was. A
             piece that is constant along the axis cannot express that.
+        among: whether entries of other weights stand where zeros are filled in.
     """
 
     axis: int
     map: Callable[[jax.Array, int], jax.Array]
+    fills: bool = False
+    among: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Pick:
+    """A gather: some axes give way to those of the indices into them.
+
+    Attributes:
+        axes: the old axes that are indexed, together.
+        map: `map(array, at, columns)` gathers along the axes `at` of an array by these
+            columns of the indices; the axes of the indices come first in the result.
+        ids: the new positions of the axes of the indices.
+        kept: pairs (old, new) for the axes that are not indexed.
+        ones: pairs (old, new) for indexed axes that leave one of size 1 behind.
+        fills: whether an index out of range gives a value that is the same for every
+            weight. A piece that is constant along an indexed axis cannot express that.
+    """
+
+    axes: tuple[int, ...]
+    map: Callable[[jax.Array, Sequence[int], Sequence[int]], jax.Array]
+    ids: tuple[int, ...]
+    kept: tuple[tuple[int, int], ...]
+    ones: tuple[tuple[int, int], ...] = ()
     fills: bool = False
 
 
@@ -101,7 +130,7 @@ class Place:
     map: Callable[[jax.Array, tuple[Label, ...]], jax.Array]
 
 
-AxisOp = Cast | Transpose | Reshape | Broadcast | Along | Scale | Place
+AxisOp = Cast | Transpose | Reshape | Broadcast | Along | Pick | Scale | Place
 
 
 class Unstructured(Exception):

@@ -33,6 +33,8 @@ class Bilinear(abc.ABC):
     use: ClassVar[Use] = "head"
     # Whether `x` selects entries of the weight instead of multiplying it.
     selects: ClassVar[bool] = False
+    # In how many runs the outputs see inputs of their own; see `_groups`.
+    groups: int = 1
 
     @property
     @abc.abstractmethod
@@ -52,6 +54,15 @@ class Bilinear(abc.ABC):
     @abc.abstractmethod
     def dense(self, x: jax.Array, weight: jax.Array) -> jax.Array:
         """`op(x, W)` for a dense weight."""
+
+    def per_output(self, factor: Factor) -> jax.Array | None:
+        """Values along the outputs, laid out to multiply the result.
+
+        `None` where the factor runs along an axis that the result does not have.
+        """
+        if not set(factor.axes) <= set(self.out_labels):
+            return None
+        return factor.aligned(self.out_labels)
 
     @abc.abstractmethod
     def low_rank(self, x: jax.Array, a: Factor, b: Factor, like: Any) -> jax.Array:

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ._axes import RANK
 from ._bilinear import AxisRole, Bilinear
 from ._factor import Factor
-from ._products import OperandLabel, arrange, cost, product
+from ._products import OperandLabel, arrange, cost, product, product_labels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,13 +132,10 @@ class Dot(Bilinear):
         where[RANK] = None
 
         def place(t_labels, factor_labels, keep):
-            shared = [label for label in t_labels if label in factor_labels]
-            batch = [label for label in shared if label in keep]
-            left, right = t_labels, factor_labels
-            if self.weight_first:
-                left, right = right, left
-            free = [label for label in (*left, *right) if label not in shared]
-            out = PartitionSpec(*(where.get(label) for label in (*batch, *free)))
+            made = product_labels(
+                t_labels, factor_labels, keep, factor_first=self.weight_first
+            )
+            out = PartitionSpec(*(where.get(label) for label in made))
             return out if mesh is None else NamedSharding(mesh, out)
 
         return place

@@ -1,18 +1,20 @@
 """`Factor`: an array whose axes are tied to axes of the weight it belongs to."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from ._axes import (
+    RANK,
     Along,
     AxisOp,
     Broadcast,
     Cast,
     Group,
     Label,
+    Pick,
     Place,
     Reshape,
     Scale,
@@ -80,6 +82,8 @@ class Factor:
                 if not self.holds(axis):
                     return self  # where zeros must be filled in, its owner refuses
                 return Factor(map(self.array, self.axes.index(axis)), self.axes)
+            case Pick():
+                return self._pick(op)
             case Place(map):
                 return Factor(map(self.array, self.axes), self.axes)
             case Broadcast(positions, shape):
@@ -101,15 +105,20 @@ class Factor:
         >>> Factor(jnp.ones(3), (0,)).aligned((0, "rank", 1)).shape
         (3, 1, 1)
         """
-        if not self.axes:
-            return self.array  # a scalar broadcasts as it is
-        order = [self.axes.index(x) for x in axes if x in self.axes]
-        assert len(order) == len(self.axes), (self.axes, axes)
-        array = self.array
-        if order != sorted(order):
-            array = jnp.transpose(array, order)
-        missing = tuple(i for i, x in enumerate(axes) if x not in self.axes)
-        return jnp.expand_dims(array, missing) if missing else array
+        return align(self.array, self.axes, axes)
+
+    def filled(self, axes: tuple[Label, ...], sizes: Mapping[Any, int]) -> jax.Array:
+        """The values with one axis for each of `axes`, repeated where not held.
+
+        >>> Factor(jnp.ones(3), (0,)).filled((0, 1), {1: 4}).shape
+        (3, 4)
+        """
+        array = self.aligned(axes)
+        shape = tuple(
+            array.shape[i] if self.holds(axis) else sizes[axis]
+            for i, axis in enumerate(axes)
+        )
+        return jnp.broadcast_to(array, shape)
 
     def _relabel(self, names: dict[Any, int]) -> "Factor":
         return Factor(self.array, tuple(names.get(x, x) for x in self.axes))
@@ -126,6 +135,24 @@ class Factor:
                         factor.axes[:at] + factor.axes[at + 1 :],
                     )
         return factor._relabel(dict(enumerate(positions)))
+
+    def _pick(self, op: Pick) -> "Factor":
+        held = [axis for axis in op.axes if self.holds(axis)]
+        names: dict[Any, int] = dict(op.kept)
+        if not held:
+            return self._relabel(names)
+        if len(held) < len(op.axes) and self.holds(RANK):
+            # W[i_t, j_t] = sum_r A[i_t, r] B[r, j_t] needs r numbers for each t.
+            raise Unstructured(
+                f"the indices run over axes {op.axes} together, of which a factor "
+                f"holds only {tuple(held)}"
+            )
+        at = [self.axes.index(axis) for axis in held]
+        array = op.map(self.array, at, [op.axes.index(axis) for axis in held])
+        rest = (names.get(x, x) for x in self.axes if x not in held)
+        ones = [new for old, new in op.ones if old in held]
+        array = jnp.expand_dims(array, tuple(range(len(ones)))) if ones else array
+        return Factor(array, (*ones, *op.ids, *rest))
 
     def _reshape(self, groups: tuple[Group, ...]) -> "Factor":
         shape: list[int] = []
@@ -158,6 +185,24 @@ class Factor:
         if order != sorted(order):
             array = jnp.transpose(array, order)
         return Factor(jnp.reshape(array, shape), tuple(axes))
+
+
+def align(
+    array: jax.Array, labels: Sequence[Hashable], wanted: Sequence[Hashable]
+) -> jax.Array:
+    """A labelled array with one axis for each of `wanted`, of size 1 where it has none.
+
+    >>> align(jnp.ones((3, 2)), ("a", "b"), ("b", "c", "a")).shape
+    (2, 1, 3)
+    """
+    if not labels:
+        return array  # a scalar broadcasts as it is
+    order = [labels.index(x) for x in wanted if x in labels]
+    assert len(order) == len(labels), (labels, wanted)
+    if order != sorted(order):
+        array = jnp.transpose(array, order)
+    missing = tuple(i for i, x in enumerate(wanted) if x not in labels)
+    return jnp.expand_dims(array, missing) if missing else array
 
 
 def is_factor(node: Any) -> bool:

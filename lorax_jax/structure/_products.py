@@ -43,6 +43,7 @@ def product(
     shared = [label for label in x_labels if label in labels]
     contract = [label for label in shared if label not in keep]
     batch = [label for label in shared if label in keep]
+    made = product_labels(x_labels, labels, keep, factor_first=factor_first)
     left, left_labels, right, right_labels = x, x_labels, factor, labels
     if factor_first:
         left, left_labels, right, right_labels = factor, labels, x, x_labels
@@ -62,8 +63,25 @@ def product(
         preferred_element_type=output_dtype,
         out_sharding=out_sharding,
     )
-    free = [x for x in (*left_labels, *right_labels) if x not in shared]
-    return out, (*batch, *free)
+    return out, made
+
+
+def product_labels(
+    x_labels: Sequence[OperandLabel],
+    labels: Sequence[OperandLabel],
+    keep: set[OperandLabel],
+    *,
+    factor_first: bool = False,
+) -> tuple[OperandLabel, ...]:
+    """The labels of a `product`: those that run in parallel, then those left free.
+
+    >>> product_labels(("n", "i"), ("n", "i", "r"), keep={"n", "r"})
+    ('n', 'r')
+    """
+    shared = [label for label in x_labels if label in labels]
+    both = (*labels, *x_labels) if factor_first else (*x_labels, *labels)
+    batch = [label for label in shared if label in keep]
+    return (*batch, *(label for label in both if label not in shared))
 
 
 def arrange(
@@ -94,9 +112,9 @@ def cost(
     wanted: Sequence[OperandLabel],
 ) -> int:
     """Multiply-adds of `(x . first) . second`."""
-    keep = set(second) | set(wanted)
     step = set(x_labels) | set(first)
-    left = {x for x in step if x in keep}
+    # An axis of `x` that neither factor holds stays until `arrange` sums it.
+    summed = set(x_labels) & set(first) - set(second) - set(wanted)
     return math.prod(sizes[x] for x in step) + math.prod(
-        sizes[x] for x in left | set(second)
+        sizes[x] for x in step - summed | set(second)
     )

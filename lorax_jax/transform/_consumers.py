@@ -16,7 +16,9 @@ class Consumer:
         axes: the role of each of the leaf's axes.
         primitive: the operation.
         source: its line in the model.
-        problem: why the axes have no single role, or `None`.
+        problem: why the axes have no single role, or the operation no low-rank form;
+            or `None`.
+        groups: in how many runs its outputs see inputs of their own.
     """
 
     kind: Literal["product", "lookup", "other"]
@@ -24,6 +26,7 @@ class Consumer:
     primitive: str = ""
     source: str = dataclasses.field(default="", compare=False)
     problem: str | None = None
+    groups: int = 1
 
 
 @dataclasses.dataclass

@@ -43,22 +43,32 @@ class Run:
     options: Options
     producer: Callable[[Any], Any]
 
-    def retrace(self, jaxpr: Any, operands: Sequence[Any]) -> tuple[Any, list[Any]]:
+    def retrace(
+        self, jaxpr: Any, operands: Sequence[Any], drop: tuple[int, ...] = ()
+    ) -> tuple[Any, list[Any]]:
         """Traces an inner jaxpr again, with weights among its operands.
 
         Args:
             jaxpr: the inner jaxpr, closed or open.
             operands: a value or type for each of its inputs; weights among them.
+            drop: results that the new jaxpr does without.
 
         Returns:
             The new closed jaxpr, whose inputs are the leaves of `operands`, and the
             results as types, weights among them.
         """
-        return _body(jaxpr, self.options)(*operands)
+        return retrace(jaxpr, operands, self.options, drop)
+
+
+def retrace(
+    jaxpr: Any, operands: Sequence[Any], options: Options, drop: tuple[int, ...] = ()
+) -> tuple[Any, list[Any]]:
+    """`Run.retrace` outside of a run."""
+    return _body(jaxpr, options, drop)(*operands)
 
 
 @_jaxpr.keyed_by_jaxpr
-def _body(jaxpr: Any, options: Options):
+def _body(jaxpr: Any, options: Options, drop: tuple[int, ...]):
     """One traced function for each inner jaxpr.
 
     JAX's own cache then finds the trace again by the types of the operands.
@@ -66,7 +76,8 @@ def _body(jaxpr: Any, options: Options):
 
     def body(*operands):
         inner, consts = _jaxpr.closed(jaxpr())
-        return interpret(inner, consts, operands, options)
+        outs = interpret(inner, consts, operands, options)
+        return [out for i, out in enumerate(outs) if i not in drop]
 
     return _jaxpr.trace(body)
 
@@ -93,6 +104,8 @@ def interpret(
         values = [read(atom) for atom in eqn.invars]
         with _jaxpr.eqn_scope(eqn):
             if any(isinstance(value, Adapted) for value in values):
+                eqn, used = _as_read(jaxpr, index)
+                values = [v for v, use in zip(values, used, strict=True) if use]
                 results = _with_weight(run, eqn, values)
             else:
                 results = _jaxpr.bind(eqn, values)
@@ -118,6 +131,22 @@ def _last_uses(jaxpr: Any) -> dict[int, list[Any]]:
                 seen.add(atom)
                 last.setdefault(index, []).append(atom)
     return last
+
+
+@_jaxpr.keyed_by_jaxpr
+def _as_read(jaxpr: Any, index: int) -> tuple[Any, Sequence[bool]]:
+    """An equation less the results that nothing reads, and which operands it takes.
+
+    Such a result may be a weight in a form that has no factors. `nnx.scan`, for one,
+    stacks the state of every layer again, weights that did not change among it.
+    """
+    jaxpr = jaxpr()
+    eqn = jaxpr.eqns[index]
+    dead = _last_uses(jaxpr).get(index, ())
+    unread = [v in dead for v in eqn.outvars]
+    if not any(unread) or all(unread):
+        return eqn, [True] * len(eqn.invars)
+    return _jaxpr.without_results(eqn, unread)
 
 
 # Where in the user's program the innermost enclosing call stands: equations inside a
@@ -258,7 +287,12 @@ def adapt(
         >>> lj.adapt(fn)(lj.bind(params, adapter), jnp.ones(3))
         Array([3., 3.], dtype=float32)
     """
-    options = _options(materialize, custom)
+    if not callable(fn):
+        raise TransformError(
+            f"`adapt` got {fn!r:.60}, which is no function. Give it what runs the "
+            "model, e.g. `adapt(model.apply)`."
+        )
+    options = allowed(materialize, custom)
     traced: dict[Any, _Entry] = {}
 
     @functools.wraps(fn)
@@ -283,10 +317,17 @@ def adapt(
             is_leaf=lambda leaf: isinstance(leaf, _Static),
         )
 
+    adapted.__dict__["takes_bound_params"] = True
     return adapted
 
 
-def _options(materialize: str | Iterable[str], custom: str) -> Options:
+def is_adapted(fn: Callable[..., Any]) -> bool:
+    """Whether `fn` came from `adapt`, also under `jax.jit` or another wrapper."""
+    return getattr(fn, "takes_bound_params", False)
+
+
+def allowed(materialize: str | Iterable[str], custom: str) -> Options:
+    """The options that `adapt`'s arguments of these names mean."""
     if custom not in ("error", "primal", "materialize"):
         raise TransformError(
             f"`custom` = {custom!r}; one of 'error', 'primal', 'materialize' is meant."

@@ -4,15 +4,24 @@ Written against JAX 0.10 to 0.12. Nothing else in the package imports from `jax.
 """
 
 import functools
+import inspect
+import os
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
+import jaxtyping
 from jax._src import source_info_util
 from jax._src.named_sharding import UNSPECIFIED
 from jax.core import Tracer
 from jax.extend import core
+from jax.interpreters import partial_eval
+
+_DCE_ASKS_WHAT_LIVES = (
+    "live_inputs" in inspect.signature(partial_eval.dce_jaxpr).parameters
+)
 
 # A jaxpr with its constants. From JAX 0.11 `ClosedJaxpr` and `Jaxpr` are one class.
 Closed = Any
@@ -24,15 +33,20 @@ __all__ = [
     "bind",
     "closed",
     "eqn_scope",
+    "equations",
+    "inner_jaxprs",
     "is_literal",
+    "is_machinery",
     "is_tracer",
     "keyed_by_jaxpr",
     "open_jaxpr",
     "scan_counts",
     "scan_params",
+    "scopes",
     "source",
     "trace",
     "unstacked",
+    "without_results",
 ]
 
 
@@ -181,6 +195,69 @@ def _is_explicit(sharding: Any) -> bool:
     return mesh is not None and not mesh.empty and bool(mesh.explicit_axes)
 
 
+def inner_jaxprs(eqn: Any) -> list[Any]:
+    """The jaxprs among an equation's parameters: bodies, branches, conditions."""
+    return list(core.jaxprs_in_params(eqn.params))
+
+
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """The equations of a jaxpr and of the jaxprs inside it."""
+    for eqn in closed(jaxpr)[0].eqns:
+        yield eqn
+        for inner in inner_jaxprs(eqn):
+            yield from equations(inner)
+
+
+# Rooms whose code runs on behalf of a model's line: no line of a model is in them.
+# Where signatures are checked, their functions are called by jaxtyping.
+_ROOMS = ("adapters", "auditing", "merging", "quant", "structure", "transform")
+_MACHINERY = tuple(
+    str(folder) + os.sep
+    for folder in (
+        *(Path(__file__).parents[1] / room for room in _ROOMS),
+        Path(jaxtyping.__file__).parent,
+    )
+)
+
+
+def without_results(eqn: Any, unread: Sequence[bool]) -> tuple[Any, Sequence[bool]]:
+    """An equation that no longer computes some of its results, if JAX knows how.
+
+    Args:
+        eqn: the equation, a scan for instance.
+        unread: which of its results nothing reads; not all.
+
+    Returns:
+        The equation, with fewer operands and results, and which operands it still has.
+    """
+    everything = [True] * len(eqn.invars)
+    known: Any = partial_eval.dce_rules.get(eqn.primitive)
+    if known is not None:
+        # Newer releases also ask which references are read later: any may be.
+        live = (everything,) if _DCE_ASKS_WHAT_LIVES else ()
+        operands, smaller = known([not skip for skip in unread], *live, eqn)
+        if smaller is not None:
+            return smaller, operands
+    return eqn, everything
+
+
 def source(eqn: Any) -> str:
-    """Where in the user's program the equation comes from: `file.py:12 (call)`."""
-    return source_info_util.summarize(eqn.source_info)
+    """Where in the user's program the equation comes from: `file.py:12 (call)`.
+
+    The innermost frame that is neither JAX's nor this package's machinery; `""` where
+    there is none, as inside a jitted function of theirs.
+    """
+    for frame in source_info_util.user_frames(eqn.source_info.traceback):
+        if not is_machinery(frame.file_name):
+            return f"{frame.file_name}:{frame.start_line} ({frame.function_name})"
+    return ""
+
+
+def is_machinery(file: str) -> bool:
+    """Whether a file holds code of this package that runs on a model's behalf."""
+    return file.startswith(_MACHINERY)
+
+
+def scopes(eqn: Any) -> str:
+    """The named scopes that the equation stands in, inside its own jaxpr."""
+    return str(eqn.source_info.name_stack)

@@ -4,12 +4,13 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from ..structure import AxisOp, Bilinear
+from ..structure import AxisOp, Bilinear, Unstructured
 
 # "native": consumes an adapted weight in factored form.
 # "passes": leaves the weight symbolic.
 # "enters": goes into inner jaxprs with it.
-Policy = Literal["native", "passes", "enters"]
+# "refuses": there is no factored form, and the note says why.
+Policy = Literal["native", "passes", "enters", "refuses"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,3 +109,16 @@ def consumer(*primitives: str, note: str):
         return fn
 
     return register
+
+
+def refused(*primitives: str, reason: str, module: str) -> None:
+    """Registers primitives that can have no rule, and why.
+
+    A primitive that nobody has thought of is refused as well; these have been.
+    """
+
+    def refuse(run, eqn, operands):
+        raise Unstructured(reason)
+
+    for name in primitives:
+        RULES[name] = Rule("refuses", refuse, None, None, reason, module)

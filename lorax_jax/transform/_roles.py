@@ -5,20 +5,63 @@ module follows every parameter through transposes, reshapes, slices and control 
 the operations that consume it, without computing anything.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 
 from .. import _paths
+from .._errors import TransformError
+from ..adapters import Adapted
 from . import _jaxpr
 from ._consumers import INPUT, Leaf
-from ._walk import Walk, whole
+from ._interpreter import allowed, retrace
+from ._probe import whole
+from ._walk import Walk
 
 
-def trace_roles(
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """A function, read: its trace, and what it does with its parameters.
+
+    Attributes:
+        leaves: what was found out, for each path of the parameters that holds an array.
+        jaxpr: the trace.
+        inputs: what it was traced on, each with its path if it is a parameter.
+    """
+
+    leaves: dict[str, Leaf]
+    jaxpr: Any
+    inputs: tuple[tuple[str | None, Any], ...]
+
+    def refusal(
+        self,
+        weights: Mapping[str, Adapted],
+        *,
+        materialize: str | Iterable[str] = "error",
+        custom: str = "error",
+    ) -> str | None:
+        """Why `adapt` will refuse the function on these weights, or `None`.
+
+        A rehearsal, on types: what refuses here are the rules that will refuse there.
+
+        Args:
+            weights: path -> the weight, its arrays or their types.
+            materialize: as in `adapt`.
+            custom: as in `adapt`.
+        """
+        operands = [weights.get(path or "", value) for path, value in self.inputs]
+        try:
+            retrace(self.jaxpr, operands, allowed(materialize, custom))
+        except TransformError as error:
+            return str(error)
+        return None
+
+
+def read(
     fn: Callable[..., Any], params: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> dict[str, Leaf]:
+) -> Reading:
     """Follows every leaf of `params` through `fn(params, *args, **kwargs)`.
 
     Args:
@@ -28,7 +71,7 @@ def trace_roles(
         kwargs: the keyword arguments.
 
     Returns:
-        What was found out, for each path of `params` that holds an array.
+        What was found out.
     """
     paths = [path for path, _ in _paths.flatten(params)[0]]
     flat, tree = jax.tree.flatten(((params, *args), dict(kwargs)))
@@ -44,15 +87,18 @@ def trace_roles(
         out = jax.tree.leaves(fn(*args, **kwargs))
         return [leaf for leaf in out if hasattr(leaf, "dtype")]
 
-    found, values = {}, []
+    found, values, inputs = {}, [], []
     for i, leaf in enumerate(flat):
-        if moves[i] and i < len(paths):  # parameters come first
-            found[paths[i]] = Leaf(paths[i], tuple(leaf.shape))
-            values.append(whole(found[paths[i]]))
-        elif moves[i]:
+        if not moves[i]:
+            continue
+        path = paths[i] if i < len(paths) else None  # parameters come first
+        inputs.append((path, leaf))
+        if path is None:
             values.append(frozenset([INPUT]))
-    moving = [x for x, move in zip(flat, moves, strict=True) if move]
-    jaxpr, _ = _jaxpr.trace(call)(*moving)
+        else:
+            found[path] = Leaf(path, tuple(leaf.shape))
+            values.append(whole(found[path]))
+    jaxpr, _ = _jaxpr.trace(call)(*(leaf for _, leaf in inputs))
     walk = Walk(found)
     for value in walk.inside(jaxpr, values):
         # A head is alone: a residual stream carries many products to a result.
@@ -61,4 +107,4 @@ def trace_roles(
             ((path, consumer),) = behind
             found[path].heads.add(consumer)
     walk.place_stacks()
-    return found
+    return Reading(found, jaxpr, tuple(inputs))

@@ -9,72 +9,36 @@ from collections.abc import Sequence
 from typing import Any
 
 from .. import _paths
-from ..structure import (
-    AxisOp,
-    AxisRole,
-    Broadcast,
-    Reshape,
-    Scale,
-    Transpose,
-    Unstructured,
-)
+from ..structure import AxisOp, AxisRole, Bilinear, Scale, Unstructured
 from . import _jaxpr
 from ._consumers import INPUT, Consumer, Flow, Leaf
+from ._probe import Probe, Probes, is_weight
 from ._registry import RULES, Operand
-from .rules import _gather
+from ._walk_inner import INNER
+from .rules import _concatenate, _gather, _write
+
+# What puts a value together from others, side by side or one into another.
+_TOGETHER = ("concatenate", "stack", "dynamic_update_slice", "scatter")
 
 
-@dataclasses.dataclass(frozen=True)
-class Probe:
-    """What a leaf has become after some structure-only operations.
+def _is_expert(probe: Probe, op: Bilinear) -> bool:
+    """Whether a product may consume experts that indices have chosen.
 
-    Attributes:
-        leaf: the leaf's path.
-        axes: for each axis of the value, the leaf's axes that it is made of.
-        chosen: leaf's axes of which constant indices have chosen entries: positions
-            looked up in a table, or a permutation of what a product will consume.
+    A token's expert is a matrix: of the leaf's axes behind the indices some are summed
+    over and some are free. A row of a table is a vector. The axes of the indices run
+    in parallel or, as the second of `top_k`, are free; a sum over them is one of rows.
     """
-
-    leaf: str
-    axes: tuple[frozenset[int], ...]
-    chosen: frozenset[int] = frozenset()
-
-    def apply(self, op: AxisOp) -> "Probe":
-        """What the leaf becomes under one more operation."""
-        axes = self.axes
-        match op:
-            case Transpose(permutation):
-                axes = tuple(axes[i] for i in permutation)
-            case Broadcast(positions, shape):
-                new = [frozenset()] * len(shape)
-                for old, position in enumerate(positions):
-                    new[position] = axes[old]
-                axes = tuple(new)
-            case Reshape(groups):
-                count = 1 + max((i for g in groups for i in g.new), default=-1)
-                new = [frozenset()] * count
-                for group in groups:
-                    whole = frozenset().union(*(axes[i] for i in group.old))
-                    for i in group.new:
-                        new[i] = whole
-                axes = tuple(new)
-        return dataclasses.replace(self, axes=axes)
-
-    def pad(self, ndim: int) -> "Probe":
-        """The probe with as many axes as the value has; new ones come last."""
-        missing = (frozenset(),) * (ndim - len(self.axes))
-        return dataclasses.replace(self, axes=self.axes + missing)
-
-
-Probes = tuple[Probe, ...]
-
-
-def whole(leaf: Leaf) -> Probes:
-    return (Probe(leaf.path, tuple(frozenset([i]) for i in range(len(leaf.shape)))),)
-
-
-def _is_weight(value: Any) -> bool:
-    return isinstance(value, tuple)
+    parallel = {axis for axis, role in op.roles.items() if role == "batch"}
+    summed = {axis for axis, role in op.roles.items() if role == "in"}
+    has_in = has_out = False
+    for i, axes in enumerate(probe.axes):
+        if axes & probe.chosen:
+            if i in summed:
+                return False
+        elif axes:
+            has_in |= i in summed
+            has_out |= i not in summed and i not in parallel
+    return has_in and has_out
 
 
 class Walk:
@@ -105,7 +69,7 @@ class Walk:
 
         for eqn in jaxpr.eqns:
             operands = [read(atom) for atom in eqn.invars]
-            if any(_is_weight(value) for value in operands):
+            if any(is_weight(value) for value in operands):
                 results = self.equation(eqn, operands, producer)
             else:
                 results = [frozenset().union(*operands)] * len(eqn.outvars)
@@ -115,7 +79,7 @@ class Walk:
     def equation(self, eqn: Any, operands: list[Any], producer: Any) -> list[Any]:
         before = self.source, self.calls
         self.source = _jaxpr.source(eqn) or self.source
-        if eqn.primitive.name in _INNER:
+        if eqn.primitive.name in INNER:
             self.calls = (*self.calls, id(eqn))
         try:
             return self._equation(eqn, operands, producer)
@@ -127,19 +91,19 @@ class Walk:
         rule = RULES.get(name)
         if rule is not None and rule.read is not None:
             return [self.product(eqn, rule, operands, producer)]
-        if name == "gather" and _is_weight(operands[0]):
+        if name == "gather" and is_weight(operands[0]):
             return [self.gather(eqn, *operands)]
         if name in ("device_put", "optimization_barrier"):
             return operands
-        if name in ("concatenate", "stop_gradient"):
-            weights = [p for v in operands if _is_weight(v) for p in v]
-            if name == "stop_gradient":
-                for probe in weights:
-                    self.found[probe.leaf].stopped = True
-            return [tuple(weights)]
-        if name in _INNER:
-            return getattr(self, _INNER[name])(eqn, operands)
-        at = [i for i, value in enumerate(operands) if _is_weight(value)]
+        if name in _TOGETHER:
+            return [self.together(eqn, [self.settled(value) for value in operands])]
+        if name == "stop_gradient":
+            for probe in operands[0]:
+                self.found[probe.leaf].stopped = True
+            return operands
+        if name in INNER:
+            return INNER[name](self, eqn, operands)
+        at = [i for i, value in enumerate(operands) if is_weight(value)]
         if len(at) == 2 and name in ("mul", "div"):
             at = self.rescaled(eqn, operands)
         if rule is not None and rule.axes is not None and len(at) == 1:
@@ -148,6 +112,35 @@ class Walk:
             except Unstructured:
                 pass
         return self.other(eqn, operands)
+
+    def together(self, eqn: Any, operands: list[Any]) -> Any:
+        """A value that is put together from others: a weight if any of them is."""
+        if not any(map(is_weight, operands)):
+            return frozenset().union(*operands)
+        name, ndim = eqn.primitive.name, len(eqn.outvars[0].aval.shape)
+        ops: list[tuple[AxisOp, ...]] = [()] * len(operands)
+        if name == "stack":
+            shape = eqn.invars[0].aval.shape
+            ops = [(_concatenate.new_axis(shape, eqn.params["axis"]),)] * len(operands)
+        elif name != "concatenate":
+            try:
+                how = _write.read(eqn, [None] * len(operands))
+            except Unstructured:
+                return self.other(eqn, operands)[0]
+            ops[2 if name == "scatter" else 1] = how.ops
+        found: list[Probe] = []
+        for value, mine in zip(operands, ops, strict=True):
+            for probe in value if is_weight(value) else ():
+                for op in mine:
+                    probe = probe.apply(op)
+                found.append(probe.pad(ndim))
+        return tuple(dict.fromkeys(found))
+
+    def settled(self, value: Any) -> Any:
+        """`value`, or if it is rows of tables, what these depend on."""
+        if is_weight(value) and all(probe.routed for probe in value):
+            return frozenset().union(*(self.looked_up(probe) for probe in value))
+        return value
 
     def rescaled(self, eqn: Any, operands: list[Any]) -> list[int]:
         """Which of two parameters in a product is the weight: the one that fills it."""
@@ -190,6 +183,8 @@ class Walk:
     def indexed(self, before: Probes, after: Probes) -> None:
         """Notes the axes that an index has removed: a layer chosen from a stack."""
         for old, new in zip(before, after, strict=True):
+            if new.routed:  # one of the tokens: no layer
+                continue
             gone = frozenset().union(*old.axes) - frozenset().union(*new.axes)
             leaf = self.found[new.leaf]
             for axis in gone:
@@ -216,49 +211,85 @@ class Walk:
         return ("index", size, self.calls, len(reads) - 1)
 
     def product(self, eqn: Any, rule: Any, operands: list[Any], producer: Any) -> Any:
-        name, unknown = eqn.primitive.name, [None] * len(operands)
-        reached: set[tuple[str, Consumer]] = set()
+        """An operation that consumes weights."""
+        unknown = [None] * len(operands)
+        ops: dict[int, Bilinear] = {}
         for at, value in enumerate(operands):
-            if not _is_weight(value):
-                continue
-            shape = eqn.invars[at].aval.shape
-            try:
-                op, _ = rule.read(Operand(eqn, at, shape, unknown, producer))
-            except Unstructured:
-                return self.other(eqn, operands)[0]
-            for probe in value:
-                reached.add(self.consume(probe, name, "product", op.roles))
-        return frozenset(reached | {INPUT})
+            if is_weight(value):
+                shape = eqn.invars[at].aval.shape
+                try:
+                    operand = Operand(eqn, at, shape, unknown, producer)
+                    ops[at], _ = rule.read(operand)
+                except Unstructured as error:
+                    return self.other(eqn, operands, str(error))[0]
+        routed = {at for at in ops if any(p.routed for p in operands[at])}
+        experts = {
+            at for at in routed if all(_is_expert(p, ops[at]) for p in operands[at])
+        }
+        # Experts multiply activations: beside a weight, or two of a kind, what could be
+        # experts are rows of tables.
+        rows = {
+            at
+            for at in routed
+            if at not in experts
+            or any(o in experts or o not in routed for o in ops if o != at)
+        }
+        reached: Flow = frozenset()
+        for at, op in ops.items():
+            for probe in operands[at]:
+                if at in rows:
+                    reached |= self.looked_up(probe)
+                else:
+                    # An expert's indices run in parallel, wherever they stand.
+                    chosen = probe.chosen if probe.routed else frozenset()
+                    roles: dict[int, AxisRole] = dict(op.roles)
+                    for i, axes in enumerate(probe.axes):
+                        if axes & chosen:
+                            roles[i] = "batch"
+                    used = self.consume(
+                        probe, eqn.primitive.name, "product", roles, op.groups
+                    )
+                    reached |= {self.note(probe, used)}
+        return reached | {INPUT}
 
     def gather(self, eqn: Any, probes: Probes, indices: Any) -> Any:
-        shape = eqn.invars[0].aval.shape
         try:
-            rows = _gather.read(eqn, shape)
+            op = _gather.pick(eqn, eqn.invars[0].aval.shape, None)
         except Unstructured:
-            return self.other(eqn, [probes])[0]
-        many = len(eqn.invars[1].aval.shape) > 1
-        if many and INPUT in indices:  # rows of a table: activations from here on
-            roles: dict[int, AxisRole] = {rows.axis: "in"}
-            return frozenset(
-                {self.consume(p, "gather", "lookup", roles) for p in probes} | {INPUT}
+            return self.other(eqn, [probes, indices])[0]
+        ndim = len(eqn.outvars[0].aval.shape)
+        out = tuple(probe.apply(op).pad(ndim) for probe in probes)
+        if not op.ids:  # one entry, and its axis is gone
+            self.indexed(probes, out)
+            return out
+        found = []
+        for old, new in zip(probes, out, strict=True):
+            picked = frozenset().union(*(old.axes[axis] for axis in op.axes))
+            rows = old.rows
+            if rows is None and len(op.axes) == 1:
+                roles: dict[int, AxisRole] = {op.axes[0]: "in"}
+                rows = self.consume(old, "gather", "lookup", roles)
+            elif rows is None:
+                rows = self.used("gather", "other")
+            found.append(
+                dataclasses.replace(
+                    new,
+                    chosen=old.chosen | picked,
+                    routed=old.routed or INPUT in indices,
+                    rows=rows,
+                )
             )
-        out = tuple(
-            Probe(
-                p.leaf,
-                tuple(
-                    p.axes[x] if isinstance(x, int) else p.axes[rows.axis]
-                    for x in rows.labels
-                ),
-                p.chosen | (p.axes[rows.axis] if many else frozenset()),
-            )
-            for p in probes
-        )
-        self.indexed(probes, out)
-        return out
+        return tuple(found)
 
     def consume(
-        self, probe: Probe, primitive: str, kind: Any, roles: dict[int, AxisRole]
-    ) -> tuple[str, Consumer]:
+        self,
+        probe: Probe,
+        primitive: str,
+        kind: Any,
+        roles: dict[int, AxisRole],
+        groups: int = 1,
+    ) -> Consumer:
+        """The consumer that gives the axes of `probe` these roles, `out` by default."""
         leaf = self.found[probe.leaf]
         found: dict[int, AxisRole] = {}
         problem = None
@@ -271,26 +302,30 @@ class Walk:
                         f"`{found[axis]}` and `{role}`"
                     )
         axes = tuple(found.get(i, "batch") for i in range(len(leaf.shape)))
-        return self.note(probe, self.used(primitive, kind, axes, problem))
+        return self.used(primitive, kind, axes, problem, groups)
 
-    def looked_up(self, probe: Probe, primitive: str) -> tuple[str, Consumer]:
-        """A lookup at constant positions, known as one now that no product came."""
-        roles: dict[int, AxisRole] = {
-            i: "in" for i, axes in enumerate(probe.axes) if axes & probe.chosen
-        }
-        return self.consume(probe, primitive, "lookup", roles)
+    def looked_up(self, probe: Probe) -> Flow:
+        """Settles that what indices have chosen were rows of a table."""
+        assert probe.rows is not None
+        flow = frozenset([self.note(probe, probe.rows)])
+        return flow | {INPUT} if probe.routed else flow
 
     def result(self, value: Any) -> Flow:
         """What one result of the function depends on."""
-        if not _is_weight(value):
+        if not is_weight(value):
             return value
-        chosen = [probe for probe in value if probe.chosen]
-        return frozenset(self.looked_up(probe, "gather") for probe in chosen)
+        flows = [self.looked_up(probe) for probe in value if probe.rows]
+        return frozenset().union(*flows)
 
     def used(
-        self, primitive: str, kind: Any, axes: Any = (), problem: str | None = None
+        self,
+        primitive: str,
+        kind: Any,
+        axes: Any = (),
+        problem: str | None = None,
+        groups: int = 1,
     ) -> Consumer:
-        return Consumer(kind, axes, primitive, self.source, problem)
+        return Consumer(kind, axes, primitive, self.source, problem, groups)
 
     def note(self, probe: Probe, consumer: Consumer) -> tuple[str, Consumer]:
         leaf = self.found[probe.leaf]
@@ -298,68 +333,28 @@ class Walk:
             leaf.consumers.append(consumer)
         return leaf.path, consumer
 
-    def other(self, eqn: Any, operands: list[Any]) -> list[Any]:
+    def other(
+        self, eqn: Any, operands: list[Any], problem: str | None = None
+    ) -> list[Any]:
         name = eqn.primitive.name
         flow: Flow = frozenset()
         for value in operands:
-            if _is_weight(value):
+            if is_weight(value):
                 for probe in value:
-                    if probe.chosen:
-                        flow |= {self.looked_up(probe, name)}
+                    if probe.rows:
+                        flow |= self.looked_up(probe)
                     else:
-                        self.note(probe, self.used(name, "other"))
+                        self.note(probe, self.used(name, "other", problem=problem))
             else:
                 flow |= value
         return [flow] * len(eqn.outvars)
 
-    # Control flow: the same walk inside.
-
-    def call(self, eqn: Any, operands: list[Any]) -> list[Any]:
-        params = eqn.params
-        name = next(n for n in ("jaxpr", "call_jaxpr", "fun_jaxpr") if n in params)
-        return self.inside(params[name], operands)
+    # What the walks inside an equation need of the whole: see `_walk_inner`.
 
     def inside(self, jaxpr: Any, operands: Sequence[Any]) -> list[Any]:
+        """The same walk through an inner jaxpr."""
         inner, consts = _jaxpr.closed(jaxpr)
         return self.jaxpr(inner, [frozenset()] * len(consts), operands)
-
-    def cond(self, eqn: Any, operands: list[Any]) -> list[Any]:
-        branches = [self.inside(b, operands[1:]) for b in eqn.params["branches"]]
-        return [self.join(values, "cond") for values in zip(*branches, strict=True)]
-
-    def while_loop(self, eqn: Any, operands: list[Any]) -> list[Any]:
-        n, m = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-        consts, carry = operands[n : n + m], operands[n + m :]
-        self.inside(eqn.params["cond_jaxpr"], [*operands[:n], *carry])
-        return self.repeat("while", eqn.params["body_jaxpr"], consts, carry, [])
-
-    def scan(self, eqn: Any, operands: list[Any]) -> list[Any]:
-        n, m = _jaxpr.scan_counts(eqn)
-        xs = [self.unstack(eqn, x) for x in operands[n + m :]]
-        consts, carry = operands[:n], operands[n : n + m]
-        return self.repeat("scan", eqn.params["jaxpr"], consts, carry, xs)
-
-    def unstack(self, eqn: Any, x: Any) -> Any:
-        if not _is_weight(x):
-            return x
-        for probe in x:
-            for axis in probe.axes[0]:
-                instance = ("scan", id(eqn), self.calls)
-                group = self.read_together.setdefault(instance, {})
-                group[probe.leaf] = axis
-        return tuple(dataclasses.replace(p, axes=p.axes[1:]) for p in x)
-
-    def repeat(
-        self, name: str, jaxpr: Any, consts: list, carry: list, xs: list
-    ) -> list[Any]:
-        """Walks a loop's body until what flows around the loop stays the same."""
-        while True:
-            outs = self.inside(jaxpr, [*consts, *carry, *xs])
-            pairs = zip(carry, outs[: len(carry)], strict=True)
-            joined = [self.join(pair, name) for pair in pairs]
-            if joined == carry:
-                return outs
-            carry = joined
 
     def join(self, values: Sequence[Any], primitive: str) -> Any:
         """What a value is if it may be any of these."""
@@ -368,9 +363,12 @@ class Walk:
             return first
         flow: Flow = frozenset()
         for value in values:
-            if _is_weight(value):  # a weight in one case only: no operand to follow
+            if is_weight(value):  # a weight in one case only: no operand to follow
                 for probe in value:
-                    self.note(probe, self.used(primitive, "other"))
+                    if probe.rows:
+                        flow |= self.looked_up(probe)
+                    else:
+                        self.note(probe, self.used(primitive, "other"))
             else:
                 flow |= value
         return flow
@@ -381,21 +379,3 @@ class Walk:
             depth = _paths.common_depth(list(group))
             for path, axis in group.items():
                 self.found[path].stacks.setdefault(axis, depth)
-
-
-_INNER = {
-    "jit": "call",
-    "pjit": "call",
-    "closed_call": "call",
-    "core_call": "call",
-    "remat2": "call",
-    "remat": "call",
-    "checkpoint": "call",
-    "custom_jvp_call": "call",
-    "custom_vjp_call": "call",
-    "custom_vjp_call_jaxpr": "call",
-    "shard_map": "call",
-    "cond": "cond",
-    "while": "while_loop",
-    "scan": "scan",
-}

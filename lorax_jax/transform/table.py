@@ -10,6 +10,7 @@ POLICIES = {
     "native": "computes in factored form",
     "passes": "leaves the weight symbolic",
     "enters": "goes inside with the weight",
+    "refuses": "refuses, unless in `materialize`",
 }
 
 

@@ -131,7 +131,7 @@ def test_which_embedding_the_head_is_tied_to(entries, kwargs, tied):
     [
         ([], "`names` is empty"),
         ([("a", "b")], r"holds \('a', 'b'\). An entry is \(path, tensor name"),
-        ([("a", "b", "transposed")], "with layout 'linear' or 'same'"),
+        ([("a", "b", "transposed")], "with layout 'linear', 'conv' or 'same'"),
         ([("a", "", "same")], "An entry is"),
         ([("a/{i}", "b", "same")], "placeholders differ"),
         ([("a/{i}", "b.{j}", "same")], "placeholders differ"),
@@ -161,3 +161,8 @@ def test_the_closest_names():
         [("a", "model.norm.weight", "same"), ("b", "lm_head.weight", "same")]
     )
     assert names.closest("norm.weight", 1) == ["model.norm.weight"]
+
+
+def test_its_entries_are_what_it_iterates_over():
+    entries = [("h/{i}/w", "h.{i}.w.weight", "same"), ("n", "n.weight", "same")]
+    assert list(NameMap(tuple(entries))) == entries

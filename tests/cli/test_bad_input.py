@@ -7,7 +7,7 @@ import re
 import shutil
 
 import pytest
-from tiny_folder import GPT2, write_model
+from tiny_folder import BERT, GPT2, write_model
 
 from lorax_jax import checkpoint
 from lorax_jax._errors import PlanError
@@ -36,6 +36,7 @@ def all_broken(tmp_path_factory, tiny_model):
     (here / "torn" / "model.safetensors").write_bytes(b"torn")
     write_model(here / "small", vocab_size=100)
     write_model(here / "gpt2", GPT2)
+    write_model(here / "bert", BERT)
     return here
 
 
@@ -158,6 +159,10 @@ def test_a_bug_keeps_its_traceback(finetune, monkeypatch):
         ),
         (["generate", "--prompt", "a", "--adapter", "folder"], r"folder is no adapter"),
         (["generate", "--prompt", "a", "--model", "folder"], r"is not a checkpoint"),
+        (
+            ["generate", "--prompt", "a", "--model", "bert"],
+            r"bert is an encoder \(bert\): it predicts no next token",
+        ),
         (["merge", "folder", "merged"], r"folder is no adapter: it has no adapter_c"),
         (["merge", "adapter", "folder"], r"folder is not empty\. Choose another"),
         (["merge", "adapter", "taken"], r"taken is a file; a folder is meant"),

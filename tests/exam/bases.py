@@ -72,8 +72,20 @@ FORMS = [
         "toy_int8",
         ToyInt8.quantize,
         lambda w: w.dense(),
-        # A packed base cannot be concatenated; this one cannot be scaled by a vector,
-        # nor be constant along an axis.
-        refuses=("concatenated", "scaled", "broadcast"),
+        # A packed base cannot be put together with other arrays; this one cannot be
+        # scaled by a vector, nor be constant along an axis.
+        refuses=(
+            "concatenated",
+            "scaled",
+            "broadcast",
+            "conv_prepared",
+            "stack_scan",
+            "stack_batched",
+            "stack_expanded",
+            "concatenated_experts",
+            "buffer",
+            "overwritten",
+            "swapped_experts",
+        ),
     ),
 ]

@@ -5,6 +5,7 @@ is by the slow reference.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
@@ -26,12 +27,15 @@ class Kind:
         adapters: `adapters(key, params, role)` gives the adapters to bind.
         takes: which layouts make sense for it.
         refuses: names of layouts that it refuses, with a clear error.
+        alone: whether it is one adapter. Several at once answer the questions about
+            values; the others are settled by each of them.
     """
 
     name: str
     adapters: Callable
     takes: Callable = lambda layout: True
     refuses: tuple[str, ...] = ()
+    alone: bool = True
 
     def bind(self, params, adapters):
         return lj.bind(params, *adapters)
@@ -44,12 +48,18 @@ def delta(w, role, train, fixed):
     def names(axes):
         return "".join(letters[axis] for axis in axes)
 
-    batch = names(role.batch)
+    batch, outputs = names(role.batch), names(role.outputs)
+    a, one = train["a"], "r"
+    if role.groups > 1:  # an A for each output, which is that of its group
+        sizes = role.sizes(w.shape, role.outputs)
+        a = jnp.repeat(a, math.prod(sizes) // role.groups, axis=-2)
+        a = a.reshape(*a.shape[:-2], *sizes, a.shape[-1])
+        one = f"{outputs}r"
     spec = (
-        f"{batch}{names(role.inputs)}r,{batch}r{names(role.outputs)},"
+        f"{batch}{names(role.inputs)}{one},{batch}r{outputs},"
         f"{names(role.stacked)}->{letters}"
     )
-    return jnp.einsum(spec, train["a"], train["b"], fixed["scale"])
+    return jnp.einsum(spec, a, train["b"], fixed["scale"])
 
 
 def _lora(w, base, role, train, fixed):
@@ -127,10 +137,25 @@ def _two_rows(key, params, role):
     return [lj.Adapter({role.name: {"rows": rows}}, {role.name: fixed})]
 
 
+# Written over along inputs, where no output's gain may touch what others wrote; groups
+# of unlike sizes in every batch.
+_NO_DORA = ("overwritten", "ragged_batch")
+
+
+def _ungrouped(layout):
+    return layout.role.groups == 1
+
+
 KINDS = [
     Kind("lora", _one),
-    Kind("two_lora", _two),
-    Kind("dora", _magnitudes),
-    Kind("lora_dora", _lora_then_dora),
+    Kind("two_lora", _two, alone=False),
+    Kind("dora", _magnitudes, takes=_ungrouped, refuses=_NO_DORA),
+    Kind(
+        "lora_dora",
+        _lora_then_dora,
+        takes=_ungrouped,
+        refuses=_NO_DORA,
+        alone=False,
+    ),
     Kind("rows", _two_rows, takes=lambda layout: layout.role.lookup),
 ]

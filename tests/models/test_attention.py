@@ -81,6 +81,13 @@ def test_flash_attention_is_chosen_where_it_applies(
     assert _attention._flash_applies(query, Sight(mask, True, None)) is flash
 
 
+@pytest.mark.parametrize(("seq", "flash"), [(6, True), (7, False)])
+def test_flash_attention_without_causality_needs_even_lengths(monkeypatch, seq, flash):
+    monkeypatch.setattr(_attention, "_has_cudnn", lambda: True)
+    query = jnp.zeros((1, seq, 2, 64), "bfloat16")
+    assert _attention._flash_applies(query, Sight(None, False, None)) is flash
+
+
 @pytest.mark.parametrize("seq", [6, 7])
 def test_flash_attention_is_given_even_lengths(monkeypatch, seq):
     plain, given = jax.nn.dot_product_attention, []

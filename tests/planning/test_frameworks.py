@@ -7,6 +7,7 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 from helpers import assert_close
+from steps import paths, stand
 
 import lorax_jax as lj
 
@@ -51,6 +52,15 @@ def test_linen_evaluates(linen):
     assert [s.layers for s in stack] == [(3,)] and len(plan) == 9
     got = lj.adapt(model.apply)(lj.bind(variables, adapter), X)
     assert_close(got, model.apply(lj.merge(variables, adapter), X), factor=8)
+
+
+def test_linen_stands(linen):
+    """In training, statistics are among the outputs, and dropout has its keys."""
+    model, variables, _, _ = linen
+    kwargs = {"mutable": ["batch_stats"], "rngs": {"dropout": jax.random.key(2)}}
+    x = X * jnp.arange(3.0)[:, None]
+    targets = "params/.*kernel"
+    stand(model.apply, variables, x, targets=targets, train=True, **kwargs)
 
 
 def test_linen_trains(linen):
@@ -164,3 +174,94 @@ def test_nnx_state_with_boxes_in_place(module):
     bound = lj.bind(params, adapter)
     got = jax.jit(lj.adapt(fn))(bound, rest, X)
     assert_close(got, jax.jit(fn)(lj.merge(params, adapter), rest, X), factor=8)
+
+
+class Logical(nn.Module):
+    """Kernels in boxes that name logical axes, and constraints on activations."""
+
+    @nn.compact
+    def __call__(self, x):
+        for i, axes in enumerate([("embed", "mlp"), ("mlp", "embed")]):
+            init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), axes)
+            x = nn.Dense((8, 6)[i], kernel_init=init, name=f"w{i}")(jnp.tanh(x))
+            x = nn.with_logical_constraint(x, ("batch", None, axes[1]))
+        return x
+
+
+@pytest.mark.parametrize("on_mesh", [False, True], ids=["anywhere", "on a mesh"])
+def test_logically_partitioned(relaxed, on_mesh):
+    model = Logical()
+    variables = model.init(jax.random.key(0), X)
+    kernel = variables["params"]["w0"]["kernel"]
+    assert isinstance(kernel, nn.LogicallyPartitioned)
+    if not on_mesh:
+        plan = stand(model.apply, variables, X)
+    else:
+        rules = [("batch", "data"), ("embed", None), ("mlp", "model")]
+        axes = jax.sharding.AxisType.Auto
+        mesh = jax.make_mesh((2, 2), ("data", "model"), (axes, axes))
+        with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
+            plan = stand(model.apply, variables, X)
+    assert paths(plan) == ["params/w0/kernel", "params/w1/kernel"]
+
+
+class TiedLinen(nn.Module):
+    @nn.compact
+    def __call__(self, ids):
+        table = nn.Embed(9, 6)
+        return table.attend(nn.tanh(nn.Dense(6)(table(ids))))
+
+
+def test_an_embedding_that_attends(relaxed):
+    model, ids = TiedLinen(), jnp.arange(8).reshape(2, 4)
+    variables = model.init(jax.random.key(0), ids)
+    assert paths(stand(model.apply, variables, ids)) == ["params/Dense_0/kernel"]
+    rules = {".*embedding": {"tie": "shared"}, "all-linear": {}}
+    assert len(stand(model.apply, variables, ids, targets=rules)) == 2
+
+
+def test_nnx_stands(module):
+    """`functional`: dropout and batch statistics among what goes in and out."""
+    fn, params, state = lj.functional(module)
+    x = jax.random.normal(jax.random.key(0), X.shape)
+    stand(lambda params, x: fn(params, state, x), params, x)
+
+
+class Block(nnx.Module):
+    def __init__(self, rngs):
+        self.attend = nnx.MultiHeadAttention(2, 6, decode=False, rngs=rngs)
+        self.up = nnx.LinearGeneral(6, (2, 4), rngs=rngs)
+        self.down = nnx.LinearGeneral((2, 4), 6, axis=(-2, -1), rngs=rngs)
+
+    def __call__(self, x):
+        x = x + self.attend(x)
+        return x + self.down(nnx.gelu(self.up(x)))
+
+
+class Scanned(nnx.Module):
+    """A table, and blocks that `nnx.vmap` makes and `nnx.scan` runs."""
+
+    def __init__(self, rngs):
+        self.embed = nnx.Embed(9, 6, rngs=rngs)
+
+        @nnx.split_rngs(splits=3)
+        @nnx.vmap(in_axes=(0,), out_axes=0)
+        def make(rngs):
+            return Block(rngs)
+
+        self.blocks = make(rngs)
+
+    def __call__(self, ids):
+        @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+        def run(x, block):
+            return nnx.remat(type(block).__call__)(block, x)
+
+        return self.embed.attend(run(self.embed(ids), self.blocks))
+
+
+def test_nnx_scan(relaxed):
+    fn, params, state = lj.functional(Scanned(nnx.Rngs(0)))
+    ids = jnp.arange(8).reshape(2, 4)
+    plan = stand(lambda params, ids: fn(params, state, ids)[0], params, ids)
+    assert {slot.layers for slot in plan.slots} == {(3,)}
+    assert len(plan) == 6 * 3 and "blocks/2/attend/query/kernel" in paths(plan)

@@ -31,6 +31,7 @@ def test_the_front_door_is_one_screen():
         ("load_adapter", ["dir", "params", "*plan", "*names", "*strict"]),
         ("export_merged", ["base_dir", "adapter", "out_dir"]),
         ("count", ["params", "adapter"]),
+        ("audit", ["fn", "params", "adapter", "args", "*max_constant", "kwargs"]),
         ("functional", ["module"]),
     ],
 )

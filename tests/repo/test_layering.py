@@ -22,7 +22,7 @@ LEVELS = [
     {"initializers"},
     {"planning"},
     {"merging", "_count"},
-    {"checkpoint", "embedded"},
+    {"checkpoint", "embedded", "auditing"},
     {"_load_adapted"},
     {"train"},
     {"cli"},

@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import Counter, assert_close, equations, random_adapter
+from helpers import Counter, assert_close, equations, made_shapes, random_adapter
 
 import lorax_jax as lj
 from lorax_jax._errors import TransformError
@@ -236,3 +236,48 @@ def test_no_gradient_of_the_base_exists(key):
         ]
         # Slices and transposes of the base itself, and calls that hand it on.
         assert set(made) <= {"transpose", "dynamic_slice", "slice", "squeeze", "jit"}
+
+
+def test_filled_rows_stay_as_filled(key):
+    """Ids out of range along an axis that no factor holds: none can be zero there."""
+    params = {"w": jax.random.normal(key, (4, 5))}
+
+    def fn(params, x):
+        many = jnp.broadcast_to(params["w"], (3, 4, 5))
+        ids = jnp.array([0, 7])
+        some = jnp.take(many, ids, axis=0, mode="fill", fill_value=0.0)
+        return jnp.einsum("bd,ndf->bnf", x, some)
+
+    bound = lj.bind(params, random_adapter(key, params, [Role("w", (0,), (1,))]))
+    with pytest.raises(TransformError, match="padded axis is one that no factor runs"):
+        lj.adapt(fn)(bound, jnp.ones((2, 4)))
+
+
+def test_results_that_nobody_reads_are_not_computed(key):
+    """A scan that stacks its weights again, inside a `jit` and around a `remat`."""
+    w = jax.random.normal(key, (3, 4, 4))
+
+    @jax.jit
+    def run(w, x):
+        @jax.checkpoint
+        def layer(x, w):
+            return jnp.tanh(x @ w), w
+
+        return jax.lax.scan(layer, x, w)
+
+    def fn(params, x):
+        y, again = run(params["w"], x)
+        del again  # as `nnx.scan` has the state of its layers
+        return y
+
+    params, x = {"w": w}, jnp.ones((2, 4))
+    role = Role("w", (1,), (2,), (0,), 1)
+    adapter = random_adapter(key, params, [role])
+    adapted = lj.adapt(fn)
+    bound = lj.bind(params, adapter)
+    assert_close(adapted(bound, x), fn(lj.merge(params, adapter), x), factor=8)
+    jaxpr = jax.make_jaxpr(adapted)(bound, x)
+    assert not [shape for shape in made_shapes(jaxpr) if shape in ((4, 4), (3, 4, 4))]
+    # Where somebody does read it, the stack would be dense.
+    with pytest.raises(TransformError, match="a scan stacks an adapted weight"):
+        lj.adapt(lambda params, x: run(params["w"], x))(bound, x)

@@ -2,7 +2,6 @@
 
 import jax
 from jax import lax
-from jax.extend import core
 
 from ..._errors import TransformError
 from ...adapters import Adapted
@@ -95,7 +94,7 @@ def _thin(jaxpr, policy):
     what the policy says.
     """
     up, other = set(), set()
-    for eqn in _equations(jaxpr()):
+    for eqn in _jaxpr.equations(jaxpr()):
         if eqn.primitive is lax.dot_general_p:
             kind = _signature([v.aval for v in eqn.invars], eqn.params)
             scopes = str(eqn.source_info.name_stack).split("/")
@@ -108,14 +107,6 @@ def _thin(jaxpr, policy):
         return policy(primitive, *avals, **params)
 
     return thin
-
-
-def _equations(jaxpr):
-    """The equations of a jaxpr and of those inside it, which the policy sees too."""
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for inner in core.jaxprs_in_params(eqn.params):
-            yield from _equations(_jaxpr.closed(inner)[0])
 
 
 def _signature(avals, params):

@@ -1,31 +1,109 @@
 """`gather`: the lookup of an embedding, or the choice of a part of a weight."""
 
 import functools
+import math
+from collections.abc import Sequence
+from typing import Any
 
+import jax
 import jax.numpy as jnp
+from jax import lax
 
 from ...adapters import Adapted
-from ...structure import Along, Group, Reshape, Take, Unstructured
+from ...structure import Pick, Take, Unstructured
 from .. import _jaxpr
 from .._registry import rule
 
 
-def read(eqn, shape: tuple[int, ...]) -> Take:
-    """A gather along one axis of a weight.
+def pick(eqn: Any, shape: tuple[int, ...], indices: Any) -> Pick:
+    """What a gather does to the axes of a weight of this `shape`.
 
     Raises:
-        Unstructured: if it indexes several axes, or takes partial slices.
+        Unstructured: if it takes slices that are neither whole nor single entries.
     """
     numbers = eqn.params["dimension_numbers"]
-    sizes = eqn.params["slice_sizes"]
-    if len(numbers.start_index_map) != 1 or numbers.operand_batching_dims:
-        raise Unstructured("the indices run over several axes of the weight at once")
-    axis = numbers.start_index_map[0]
-    whole = all(sizes[i] == shape[i] for i in range(len(shape)) if i != axis)
-    if not whole or tuple(numbers.collapsed_slice_dims) != (axis,):
-        raise Unstructured("the indices take partial slices of the weight")
+    sizes, mode = eqn.params["slice_sizes"], eqn.params["mode"]
+    parallel = tuple(map(int, numbers.operand_batching_dims))
+    gone = {*map(int, numbers.collapsed_slice_dims), *parallel}
+    clamped = mode != lax.GatherScatterMode.FILL_OR_DROP
+    columns = {}  # indexed axis -> its column of the indices
+    for column, axis in enumerate(map(int, numbers.start_index_map)):
+        if sizes[axis] == 1 and (axis in gone or shape[axis] > 1):
+            columns[axis] = column
+        elif sizes[axis] != shape[axis] or not clamped:
+            raise Unstructured("the indices take partial slices of the weight")
+        # else: a whole axis, which can start nowhere but at 0
+    for axis, size in enumerate(shape):
+        if axis not in columns and axis not in gone and sizes[axis] != size:
+            raise Unstructured("the indices take partial slices of the weight")
+    offsets = tuple(map(int, numbers.offset_dims))
+    remain = (axis for axis in range(len(shape)) if axis not in gone)
+    left = tuple(zip(remain, offsets, strict=True))
     out_ndim = len(eqn.outvars[0].aval.shape)
-    rest = iter(i for i in range(len(shape)) if i != axis)
+    fill = eqn.params["fill_value"]
+    return Pick(
+        axes=(*parallel, *columns),
+        map=functools.partial(
+            _entries,
+            indices=indices,
+            columns=tuple(columns.values()),
+            parallel=tuple(map(int, numbers.start_indices_batching_dims)),
+            mode=mode,
+        ),
+        ids=tuple(i for i in range(out_ndim) if i not in offsets),
+        kept=tuple((old, new) for old, new in left if old not in columns),
+        ones=tuple((old, new) for old, new in left if old in columns),
+        # Entries that are no number make none of whatever is added to them.
+        fills=not clamped and fill is not None and not math.isnan(fill),
+    )
+
+
+def _entries(
+    array: jax.Array,
+    at: Sequence[int],
+    which: Sequence[int],
+    *,
+    indices: jax.Array,
+    columns: tuple[int, ...],
+    parallel: tuple[int, ...],
+    mode: Any,
+) -> jax.Array:
+    """Entries of `array` along its axes `at`, shape `(*ids, *rest)`.
+
+    The columns to choose from are first the positions along the `parallel` axes of the
+    indices, then `columns` of the indices themselves.
+    """
+    ids = indices.shape[:-1]
+    index = jnp.stack(
+        [
+            lax.broadcasted_iota(indices.dtype, ids, parallel[i])
+            if i < len(parallel)
+            else indices[..., columns[i - len(parallel)]]
+            for i in which
+        ],
+        axis=-1,
+    )
+    numbers = lax.GatherDimensionNumbers(
+        offset_dims=tuple(range(len(ids), len(ids) + array.ndim - len(at))),
+        collapsed_slice_dims=tuple(sorted(at)),
+        start_index_map=tuple(at),
+    )
+    sizes = tuple(1 if i in at else n for i, n in enumerate(array.shape))
+    # Where the model's own gather fills, zeros are added to what it fills with.
+    return lax.gather(array, index, numbers, sizes, mode=mode, fill_value=0)
+
+
+def lookup(eqn: Any) -> Take | None:
+    """The gather as a lookup of rows, or `None` if it indexes no single axis."""
+    numbers = eqn.params["dimension_numbers"]
+    gone = tuple(numbers.collapsed_slice_dims)
+    if len(gone) != 1 or gone != tuple(numbers.start_index_map):
+        return None
+    if numbers.operand_batching_dims:
+        return None
+    (axis,) = gone
+    rest = iter(i for i in range(len(eqn.invars[0].aval.shape)) if i != axis)
+    out_ndim = len(eqn.outvars[0].aval.shape)
     ids = iter(range(out_ndim))
     labels = tuple(
         next(rest) if i in numbers.offset_dims else ("x", next(ids))
@@ -40,33 +118,17 @@ def read(eqn, shape: tuple[int, ...]) -> Take:
     )
 
 
-@rule("gather", policy="native", note="along one axis: `W[ids] + s A[ids] B`")
+@rule("gather", policy="native", note="`W[ids] + s A[ids] B`, or a part of the weight")
 def _gather(run, eqn, values):
     weight, indices = values
     if isinstance(indices, Adapted):
         raise Unstructured("a weight is used as an index")
-    rows = read(eqn, weight.shape)
+    op = pick(eqn, weight.shape, indices)
 
-    def lookup(ids):
+    def entries(ids):
         return _jaxpr.bind(eqn, [weight.base, ids])[0]
 
-    if weight.looks_up(rows.axis):
-        return [weight.consume(indices, rows, lookup)]
-    base = None if weight.is_packed else lookup(indices)
-    choose = Along(rows.axis, functools.partial(_rows, rows=rows, indices=indices))
-    ids = jnp.ndim(indices) - 1
-    if ids == 0:  # one index, and the axis is gone
-        kept = [i for i in range(weight.ndim) if i != rows.axis]
-        groups = (
-            Group((old,), (new,), (weight.shape[old],)) for new, old in enumerate(kept)
-        )
-        return [weight.apply(base, choose, Reshape(tuple(groups)))]
-    if ids > 1 or rows.out_labels.index(("x", 0)) != rows.axis:
-        raise Unstructured("the indices choose parts of the weight into several axes")
-    return [weight.apply(base, choose)]
-
-
-def _rows(array, axis, *, rows: Take, indices):
-    if indices.ndim == 1:
-        return jnp.expand_dims(rows.rows(indices, array, axis), axis)
-    return jnp.moveaxis(rows.rows(indices, array, axis), 0, axis)
+    rows = lookup(eqn)
+    if rows is not None and weight.looks_up(rows.axis):
+        return [weight.consume(indices, rows, entries)]
+    return [weight.apply(None if weight.is_packed else entries(indices), op)]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -69,16 +70,48 @@ def _unstack(weight: Adapted) -> tuple[_Stacked, list[Any]]:
     return _Stacked(moving, skeleton), [p.array for p in parts if not p.holds(0)]
 
 
+def invariants(body: Any, first: int, carry: Sequence[Any]) -> tuple[int, ...]:
+    """Where in a loop's carry weights stand, which every step must hand on as they are.
+
+    Args:
+        body: the jaxpr of one step.
+        first: the position of the carry among its inputs.
+        carry: the values that the loop starts with.
+
+    Raises:
+        Unstructured: if a step changes one of them.
+    """
+    found = tuple(i for i, v in enumerate(carry) if isinstance(v, Adapted))
+    for i in found:
+        if body.outvars[i] is not body.invars[first + i]:
+            raise Unstructured("a weight in the carry of the loop changes step by step")
+    return found
+
+
+def check_no_weight(kinds: Sequence[Any]) -> None:
+    """What was an array when the loop began must be one after a step."""
+    if any(isinstance(kind, Adapted) for kind in kinds):
+        raise Unstructured("an array in the carry of the loop becomes a weight")
+
+
+def woven(
+    kept: Sequence[Any], moving: Sequence[Any], invariant: tuple[int, ...], size: int
+) -> list[Any]:
+    """A loop's carry, from what stays at the positions `invariant` and what moves."""
+    still, rest = iter(kept), iter(moving)
+    return [next(still if i in invariant else rest) for i in range(size)]
+
+
 @_jaxpr.keyed_by_jaxpr
 def _body(jaxpr: Any, options: Any, n_carry: int, invariant: tuple[int, ...]):
     """The traced body of a scan on weights, its constants in front."""
 
     def body(consts, kept, fixed, carry, xs):
         inner, constants = _jaxpr.closed(jaxpr())
-        kept, fixed, carry = iter(kept), iter(fixed), iter(carry)
+        fixed = iter(fixed)
         operands = [
             *consts,
-            *[next(kept if i in invariant else carry) for i in range(n_carry)],
+            *woven(kept, carry, invariant, n_carry),
             *[x.join(next(fixed)) if isinstance(x, _Stacked) else x for x in xs],
         ]
         outs = interpret(inner, constants, operands, options)
@@ -93,11 +126,7 @@ def _scan(run, eqn, operands):
     inner, _ = _jaxpr.closed(eqn.params["jaxpr"])
     consts = operands[:n_consts]
     carry = operands[n_consts : n_consts + n_carry]
-    # A weight in the carry is fine as long as every step hands it on as it is.
-    invariant = tuple(i for i, v in enumerate(carry) if isinstance(v, Adapted))
-    for i in invariant:
-        if inner.outvars[i] is not inner.invars[n_consts + i]:
-            raise Unstructured("a weight in the carry of a scan changes step by step")
+    invariant = invariants(inner, n_consts, carry)
     kept = [carry[i] for i in invariant]
     moving = [v for i, v in enumerate(carry) if i not in invariant]
     xs, fixed = [], []
@@ -110,12 +139,12 @@ def _scan(run, eqn, operands):
     slices = jax.tree.map(_jaxpr.unstacked, xs)
     body = _body(eqn.params["jaxpr"], run.options, n_carry, invariant)
     jaxpr, kinds = body(consts, kept, fixed, moving, slices)
+    check_no_weight(kinds[: len(moving)])
     if any(isinstance(kind, Adapted) for kind in kinds):
         raise Unstructured("a scan stacks an adapted weight as a result")
     flat_consts = jax.tree.leaves((consts, kept, fixed))
     flat_xs = jax.tree.leaves(xs)
     counts = _jaxpr.scan_params(eqn, len(flat_consts), len(moving), len(flat_xs))
     flat = [*flat_consts, *moving, *flat_xs]
-    results = iter(_jaxpr.bind(eqn, flat, jaxpr=jaxpr, **counts))
-    outs = len(eqn.outvars)
-    return [carry[i] if i in invariant else next(results) for i in range(outs)]
+    results = _jaxpr.bind(eqn, flat, jaxpr=jaxpr, **counts)
+    return woven(kept, results, invariant, len(eqn.outvars))

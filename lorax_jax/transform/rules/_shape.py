@@ -67,7 +67,11 @@ def _transpose(operand: Operand):
 
 @structural("reshape", note="within `in`, within `out` or within batch axes")
 def _reshape(operand: Operand):
-    return [(reshape(operand.shape, operand.out_shape),)]
+    order = operand.params["dimensions"]
+    if order is None:
+        return [(reshape(operand.shape, operand.out_shape),)]
+    shape = tuple(operand.shape[axis] for axis in order)  # transposed, then reshaped
+    return [(Transpose(tuple(order)), reshape(shape, operand.out_shape))]
 
 
 @structural("squeeze", note="drops axes of size 1")
@@ -82,9 +86,9 @@ def _squeeze(operand: Operand):
 
 @structural("broadcast_in_dim", note="new axes, along which the weight is constant")
 def _broadcast(operand: Operand):
-    return [
-        (Broadcast(tuple(operand.params["broadcast_dimensions"]), operand.out_shape),)
-    ]
+    # `vmap` counts positions in NumPy's integers.
+    positions = tuple(map(int, operand.params["broadcast_dimensions"]))
+    return [(Broadcast(positions, operand.out_shape),)]
 
 
 @structural("slice", note="axis by axis")
@@ -113,6 +117,17 @@ def _split(operand: Operand):
         out.append((Along(axis, cut),))
         start += size
     return out
+
+
+@structural("unstack", note="one weight for each entry of the axis")
+def _unstack(operand: Operand):
+    axis, shape = operand.params["axis"], operand.shape
+    kept = [i for i in range(len(shape)) if i != axis]
+    drop = Reshape(tuple(Group((i,), (j,), (shape[i],)) for j, i in enumerate(kept)))
+    return [
+        (Along(axis, functools.partial(_cut, start=i, stop=i + 1)), drop)
+        for i in range(shape[axis])
+    ]
 
 
 @structural("dynamic_slice", note="axis by axis, with the same start indices")

@@ -1,0 +1,69 @@
+"""The shapes that would give a dense matrix away."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from .. import _paths
+from ..adapters import Adapter, is_weight
+from ..transform import Visit
+
+
+def key(shape: Sequence[int]) -> tuple[int, ...]:
+    """A shape whichever way it lies: its sizes in order, without those that are 1."""
+    return tuple(sorted(n for n in shape if n != 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """The weights of a model, by `key` of their shapes.
+
+    A stacked weight is there whole and as one layer, an expert weight as one expert,
+    and a kernel of several axes also as a matrix.
+
+    Attributes:
+        sites: for each adapted weight, its keys.
+        every: for each key of any weight, adapted or not, the weight's path.
+        factors: the keys of the adapter's factors, of one layer and of all.
+    """
+
+    sites: dict[str, frozenset[tuple[int, ...]]]
+    every: dict[tuple[int, ...], str]
+    factors: frozenset[tuple[int, ...]]
+
+    def is_thin(self, visit: Visit, shape: Sequence[int]) -> bool:
+        """Whether a value is a factor, or the gradient of one, inside an adapter."""
+        inside = "lora_down" in visit.scopes or "lora_up" in visit.scopes
+        return inside and key(shape) in self.factors
+
+
+def weights(params: Any, adapter: Adapter) -> Weights:
+    """Collects the shapes of all weights with at least two axes."""
+    leaves = {p: x for p, x in _paths.flatten(params, is_leaf=is_weight)[0]}
+    shapes = {p: tuple(x.shape) for p, x in leaves.items() if hasattr(x, "shape")}
+    sites, factors = {}, set()
+    for name, fixed in adapter.fixed.items():
+        role, shape = fixed.role, shapes[fixed.role.path]
+        forms = [shape]
+        for dropped in (role.stacked, role.batch):
+            rest = [n for axis, n in enumerate(shape) if axis not in dropped]
+            batch = [axis for axis in role.batch if axis not in dropped]
+            sides = [
+                math.prod(role.sizes(shape, side))
+                for side in (role.inputs, role.outputs)
+            ]
+            forms += [tuple(rest), (*role.sizes(shape, batch), *sides)]
+        sites[name] = frozenset(k for k in map(key, forms) if len(k) > 1)
+        for part in adapter.train[name].values():
+            for batch in (0, len(role.stacked), len(role.batch)):
+                factors.add(key(part.shape[batch:]))
+    every: dict[tuple[int, ...], str] = {}
+    for path, shape in shapes.items():
+        # Of a weight that nobody adapts, no one says which axis is a stack: the first.
+        for form in (shape, shape[1:] if len(shape) > 2 else shape):
+            if len(key(form)) > 1:
+                every.setdefault(key(form), path)
+    for name, keys in sites.items():
+        every |= {k: name for k in keys}
+    return Weights(sites, every, frozenset(factors))
