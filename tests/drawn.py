@@ -40,7 +40,8 @@ def _fill(slot, site, i, arrays, size):
     elif slot.role.kind == "rows":
         arrays["rows"][...] = draw.normal(0, size, arrays["rows"].shape)
     else:
-        a, b = (*slot.inputs, site.rank), (site.rank, *slot.outputs)
+        a = (*slot.inputs, *slot.role.grouped, site.rank)
+        b = (site.rank, *slot.outputs)
         arrays["a"][at][..., : site.rank] = draw.normal(0, size, a)
         arrays["b"][at][: site.rank] = draw.normal(0, size, b)
         if "bias" in arrays:

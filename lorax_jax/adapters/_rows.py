@@ -13,6 +13,7 @@ from ..structure import (
     Broadcast,
     Factor,
     Group,
+    Pick,
     Reshape,
     Scale,
     Take,
@@ -89,6 +90,8 @@ class Rows(Term):
         match op:
             case Along(axis) if axis == self.axis:
                 raise Unstructured("a part of a table with trained rows is taken")
+            case Pick():
+                return self._picked(op)
             case Broadcast():
                 raise Unstructured("a table with trained rows is broadcast")
             case Scale(map, values, axes):
@@ -96,6 +99,19 @@ class Rows(Term):
             case Reshape(groups):
                 op = Reshape(tuple(self._with_count(group) for group in groups))
         return Rows(self.rows.apply(op), self.ids)
+
+    def _picked(self, op: Pick) -> "Rows":
+        if self.axis in op.axes:
+            raise Unstructured("a part of a table with trained rows is taken")
+        if op.fills:
+            raise Unstructured("columns of a table with trained rows are filled in")
+        rows = self.rows.apply(op)
+        there = Factor(jnp.ones_like(self.rows.array), self.rows.axes).apply(op)
+        # Where the indices are out of range, the table has no number either.
+        array = jnp.where(there.array == 0, jnp.nan, rows.array)
+        axis = dict(op.kept)[self.axis]
+        axes = (axis, *(x for x in rows.axes if x != axis))
+        return Rows(Factor(Factor(array, rows.axes).aligned(axes), axes), self.ids)
 
     def _with_count(self, group: Group) -> Group:
         """A reshape's group, with the number of trained rows for that of the table."""

@@ -113,7 +113,7 @@ def to_ours(order: Order, tensors: Tensors) -> Tensors:
 
 def is_turned(layout: Layout | None, axes: int) -> bool:
     """Whether a tensor of so many axes is `turned` from our leaf of this layout."""
-    return (layout == "linear" and axes == 2) or (layout == "conv" and axes > 2)
+    return (layout == "linear" and axes == 2) or (layout == "conv" and axes >= 2)
 
 
 def turned(leaf: np.ndarray) -> np.ndarray:

@@ -216,11 +216,18 @@ def test_uses_that_a_kind_has_no_form_for(make, params, case):
 def test_columns_of_a_table_with_trained_rows(make, params):
     adapter = make(**EVERY["rows"])
 
-    def use(params):
-        return ONES[:, :2] @ jnp.take(params["table"], jnp.array([1, 4]), axis=1).T
+    def use(params, columns=(1, 4), **mode):
+        taken = jnp.take(params["table"], jnp.array(columns), axis=1, **mode)
+        return ONES[:, : len(columns)] @ taken.T
 
-    found = lj.adapt(use)(lj.bind(params, adapter))
-    assert_close(found, use(lj.merge(params, adapter)))
+    bound, merged = lj.bind(params, adapter), lj.merge(params, adapter)
+    assert_close(lj.adapt(use)(bound), use(merged))
+    beyond = lj.adapt(use)(bound, (99,))
+    assert np.isnan(beyond).all() and np.isnan(use(merged, (99,))).all()
+    clipped = {"columns": (99,), "mode": "clip"}
+    assert_close(lj.adapt(use)(bound, **clipped), use(merged, **clipped))
+    with pytest.raises(TransformError, match="trained rows are filled in"):
+        lj.adapt(use)(bound, (99,), mode="fill", fill_value=0)
 
 
 def test_the_whole_copy_keeps_its_own_dtype(make, params, args):

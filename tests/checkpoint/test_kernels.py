@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawn import drawn
 from jax import lax
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -47,10 +48,10 @@ def fn(p, x):
     return y, conv(x, p["grouped"], "HWIO", 2)
 
 
-def planned(*targets):
-    config = lj.LoraConfig(list(targets), rank=2, init=False)
+def planned(*targets, **config):
+    config = lj.LoraConfig(list(targets), rank=2, init=False, **config)
     plan = lj.plan(config, PARAMS, fn, (X,))
-    return plan, lj.init(plan, PARAMS, key=jax.random.key(0))
+    return plan, drawn(plan, PARAMS)
 
 
 def same(one, other):
@@ -84,6 +85,34 @@ def test_the_tensors_are_a_convolutions(tmp_path):
         loaded, receipt = lj.load_adapter(tmp_path, PARAMS, names=NAMES, plan=given)
         assert same(loaded, adapter)
         assert {site.role for site in receipt.plan} == {site.role for site in plan}
+
+
+def test_the_magnitudes_of_dora(tmp_path):
+    plan, adapter = planned("last", "first", dora=True)
+    lj.save_adapter(tmp_path, adapter, plan=plan, names=NAMES)
+    found = load_file(tmp_path / TENSORS)
+    magnitude = found["base_model.model.c.last.lora_magnitude_vector"]
+    np.testing.assert_array_equal(
+        magnitude, np.asarray(adapter.train["last"]["magnitude"]).reshape(1, 6, 1, 1)
+    )
+    assert same(lj.load_adapter(tmp_path, PARAMS)[0], adapter)
+    without_metadata(tmp_path)
+    for given in (None, plan):
+        loaded, _ = lj.load_adapter(tmp_path, PARAMS, names=NAMES, plan=given)
+        assert same(loaded, adapter)
+
+
+def test_kernels_that_are_trained_whole(tmp_path):
+    plan, adapter = planned("first", whole="last")
+    lj.save_adapter(tmp_path, adapter, plan=plan, names=NAMES)
+    whole = load_file(tmp_path / TENSORS)["base_model.model.c.last.weight"]
+    ours = np.asarray(adapter.train["last"]["whole"])  # (3, 2, 4, 6)
+    np.testing.assert_array_equal(whole, ours.transpose(3, 2, 0, 1))
+    assert same(lj.load_adapter(tmp_path, PARAMS)[0], adapter)
+    without_metadata(tmp_path)
+    for given in (None, plan):
+        loaded, _ = lj.load_adapter(tmp_path, PARAMS, names=NAMES, plan=given)
+        assert same(loaded, adapter)
 
 
 def test_stacked_kernels(tmp_path):
@@ -143,6 +172,19 @@ def test_a_matrix_where_a_kernel_should_be(tmp_path):
         lj.load_adapter(tmp_path, PARAMS, names=NAMES, plan=plan)
 
 
+def test_a_kernel_where_a_matrix_should_be(tmp_path):
+    plan, adapter = planned("last")
+    lj.save_adapter(tmp_path, adapter, plan=plan, names=NAMES)
+    with safe_open(tmp_path / TENSORS, "np") as file:
+        record = json.loads(file.metadata()["lorax_jax"])
+    del record["sites"][0]["part"]
+    record["sites"][0]["order"] = [1, 0]
+    metadata = {"lorax_jax": json.dumps(record)}
+    save_file(load_file(tmp_path / TENSORS), tmp_path / TENSORS, metadata)
+    with pytest.raises(CheckpointError, match="with 2 input axes, and last has 3"):
+        lj.load_adapter(tmp_path, PARAMS, plan=plan)
+
+
 @pytest.mark.parametrize(
     ("field", "value"), [("order", [0, 0, 1]), ("order", [1, 0]), ("groups", 5)]
 )
@@ -176,8 +218,17 @@ def base(tmp_path):
     return folder
 
 
-def test_merging(tmp_path, base):
-    plan, adapter = planned("last", "first")
+KINDS = {
+    "lora": (["last", "first"], {}),
+    "dora": (["last", "first"], {"dora": True}),
+    "whole": (["first"], {"whole": "last"}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merging(tmp_path, base, kind):
+    targets, config = KINDS[kind]
+    plan, adapter = planned(*targets, **config)
     lj.save_adapter(tmp_path / "a", adapter, plan=plan, names=NAMES, params=PARAMS)
     lj.save_adapter(tmp_path / "b", adapter, plan=plan, names=NAMES)
     without_metadata(tmp_path / "b")

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawn import drawn
 from jax import lax
 from safetensors.numpy import load_file
 
@@ -113,15 +114,29 @@ def run(model, x):
         return model(torch.from_numpy(x)).numpy()
 
 
-def test_theirs_here(net, tmp_path, record_property):
-    """Values, gradients of A and B, and merged weights are PEFT's."""
+def _key(name):
+    """The key in a file of a parameter of their model."""
+    key = name.replace(".default", "")
+    return key.removesuffix(".weight") if "magnitude" in key else key
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_theirs_here(net, dora, tmp_path, record_property):
+    """Values, gradients of what is trained, and merged weights are PEFT's."""
     import torch
 
     theirs = net.theirs()
     params = net.params(theirs)
     model = their_adapter(
-        theirs, target_modules=["0", "2"], rank_pattern={"2": 2}, use_rslora=True
+        theirs,
+        target_modules=["0", "2"],
+        rank_pattern={"2": 2},
+        use_rslora=True,
+        use_dora=dora,
     )
+    for name, parameter in model.named_parameters():
+        if "magnitude" in name:  # starts where the gain is 1
+            parameter.data *= 0.5 + torch.rand_like(parameter)
     model.save_pretrained(tmp_path)
     adapter, receipt = lj.load_adapter(tmp_path, params, names=net.names)
     assert [site.rank for site in receipt.plan] == [3, 2]
@@ -142,11 +157,11 @@ def test_theirs_here(net, tmp_path, record_property):
     )
     found = load_file(back / TENSORS)
     expected = {
-        name.replace(".default", ""): parameter.grad.numpy()
+        _key(name): parameter.grad.numpy()
         for name, parameter in model.named_parameters()
         if "lora_" in name
     }
-    assert set(found) == set(expected) and len(found) == 4
+    assert set(found) == set(expected) and len(found) == (6 if dora else 4)
     for name, grad in expected.items():
         assert found[name].shape == grad.shape
         worst = max(worst, relative(found[name], grad))
@@ -159,15 +174,16 @@ def test_theirs_here(net, tmp_path, record_property):
     assert worst <= TOLERANCE
 
 
-def test_ours_there(net, tmp_path):
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_ours_there(net, dora, tmp_path):
     """Our folder in PEFT: every bit arrives, and comes back."""
     import peft
 
     theirs = net.theirs()
     params = net.params(theirs)
-    config = lj.LoraConfig("all-linear", rank=2, alpha=3, init=False)
+    config = lj.LoraConfig("all-linear", rank=2, alpha=3, init=False, dora=dora)
     plan = lj.plan(config, params, net.fn, (net.x,))
-    adapter = lj.init(plan, params, key=jax.random.key(0))
+    adapter = drawn(plan, params)
     lj.save_adapter(tmp_path / "a", adapter, plan=plan, names=net.names, params=params)
     model = peft.PeftModel.from_pretrained(theirs, tmp_path / "a")
     out = lj.adapt(net.fn)(lj.bind(params, adapter), jnp.asarray(net.x))
