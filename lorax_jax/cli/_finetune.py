@@ -108,11 +108,11 @@ def finetune(ctx: click.Context, **options: Any) -> None:
     loss.png, history.jsonl, run.json, and state/ to resume from. An existing folder is
     never written to without --overwrite.
     """
-    from . import _settings
-    from ._output import new_folder
+    from . import _output, _settings
+    from ._claim import claimed
     from ._training import Training
 
-    resume = options["resume"]
+    resume, export = options["resume"], options["export"]
     if resume is not None:
         settings = _settings.resumed(resume, ctx)
         out = options["out"] or resume
@@ -122,20 +122,29 @@ def finetune(ctx: click.Context, **options: Any) -> None:
             )
     else:
         settings = _settings.complete(options)
-        out = new_folder(
+        out = _output.new_folder(
             options["out"], usual="lorax-out", overwrite=options["overwrite"]
         )
-    training = Training.prepare(settings)
-    training.check_space(out, export=options["export"])
-    out.mkdir(parents=True, exist_ok=True)
-    if resume is None:
-        training.forget(out)
-        _settings.write(out, settings)
-    if not training.run(out, resume=resume is not None):
-        ctx.exit(130)
-    files = training.write(out)
-    if options["export"]:
-        files.append(training.export(out, overwrite=options["overwrite"]))
+    with claimed(out):
+        if resume is None:
+            inputs = {"base": settings["model"], "data": settings["data"]}
+            _output.check_replaceable(out, **inputs)
+        training = Training.prepare(settings)
+        training.check_output(out, export=export)
+        if resume is None:
+            _output.forget(out)
+            _settings.write(out, settings)
+        try:
+            finished = training.run(out, resume=resume is not None)
+        except BaseException:
+            if resume is None:
+                _output.forget_failed(out)
+            raise
+        if not finished:
+            ctx.exit(130)
+        files = training.write(out)
+        if export:
+            files.append(training.export(out))
     for path in files:
         click.echo(f"wrote     {path}")
     one_line = "\n" not in training.rows.prompt

@@ -6,6 +6,7 @@ its traceback.
 """
 
 import errno
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,12 @@ from typing import Any
 import click
 
 from .._errors import LoraxError
+
+_FULL = {
+    errno.ENOSPC: "The disk is full.",
+    errno.EDQUOT: "Your share of the disk is full.",
+    errno.EFBIG: "A file would be larger than it may be; see `ulimit -f`.",
+}
 
 _SAVED = f"{__name__}.saved"
 
@@ -83,6 +90,11 @@ class Command(click.Command):
             raise failure from error
 
 
+def warn(message: str) -> None:
+    """Says on the standard error what works, but may not be what was meant."""
+    click.echo(f"warning   {message}", err=True)
+
+
 def note_saved(path: Path) -> None:
     """Remembers what is saved, for the message if the command does not get further."""
     saved = click.get_current_context().meta.setdefault(_SAVED, [])
@@ -99,9 +111,9 @@ def _message(error: Exception, ctx: click.Context) -> str | None:
     """What to say about an error; `None` if it is a bug of ours."""
     if isinstance(error, LoraxError):
         return str(error)
-    full = "No space left on device"  # storage libraries pass it on in types of theirs
-    if getattr(error, "errno", None) == errno.ENOSPC or full in str(error):
-        return f"The disk is full. {_what_is_saved(ctx)}"
+    for number, text in _FULL.items():  # storage libraries have error types of theirs
+        if getattr(error, "errno", None) == number or os.strerror(number) in str(error):
+            return f"{text} {_what_is_saved(ctx)}"
     if isinstance(error, BrokenPipeError):
         return None  # nobody reads on; click ends the process quietly
     if isinstance(error, OSError) and error.strerror:

@@ -1,6 +1,5 @@
 """What `lorax-jax finetune` does, step by step."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -78,16 +77,16 @@ class Training:
         click.echo(f"\n{plan}\n")
         return cls(settings, base, rows, plan)
 
-    def check_space(self, out: Path, *, export: bool) -> None:
-        """Raises if the disk has no room for what the run will write."""
+    def check_output(self, out: Path, *, export: bool) -> None:
+        """Raises if what the run will write has no place, or no room."""
         memory = self.plan.memory()
         # The adapter, and for a moment two states of adapter and optimizer.
-        needed = memory.adapter + 2 * (memory.adapter + memory.optimizer)
-        check_space(out, needed + (memory.base if export else 0))
-
-    def forget(self, out: Path) -> None:
-        """Removes the state of an earlier run, from which this one must not resume."""
-        shutil.rmtree(out / "state", ignore_errors=True)
+        state = memory.adapter + memory.optimizer
+        merged = 0
+        if export:
+            base = folder_of(self.base.where)
+            merged = checkpoint.check_export(base, out / "merged")
+        check_space(out, memory.adapter + 2 * state + merged, max(state, merged))
 
     def run(self, out: Path, *, resume: bool) -> bool:
         """Trains, and prints measurements and samples. False after Ctrl-C."""
@@ -127,10 +126,11 @@ class Training:
                 err=True,
             )
             return False
-        click.echo(
-            f"speed     {run.tokens_per_second:,.0f} tokens/s, after "
-            f"{run.compile_seconds:.1f} s for the first step, which is compiled"
-        )
+        if run.tokens_per_second:  # a resumed run may have had no step left to make
+            click.echo(
+                f"speed     {run.tokens_per_second:,.0f} tokens/s, after "
+                f"{run.compile_seconds:.1f} s for the first step, which is compiled"
+            )
         self._compare()
         self._sample("after", 1.0)
         return True
@@ -154,14 +154,10 @@ class Training:
         train.plot_history(self.history, out / "loss.png", title=title)
         return [out / "adapter", out / "history.jsonl", out / "loss.png"]
 
-    def export(self, out: Path, *, overwrite: bool) -> Path:
+    def export(self, out: Path) -> Path:
         """Writes the merged model."""
-        checkpoint.export_merged(
-            folder_of(self.base.where),
-            out / "adapter",
-            out / "merged",
-            overwrite=overwrite,
-        )
+        base = folder_of(self.base.where)
+        checkpoint.export_merged(base, out / "adapter", out / "merged")
         return out / "merged"
 
     def _compare(self) -> None:

@@ -92,7 +92,7 @@ def finetune(
             end and at Ctrl-C; `None` saves nothing.
         save_every: `None` saves at the end and at Ctrl-C only.
         resume: go on from the state in `folder`. The result is bit for bit that of a
-            run that was never stopped.
+            run that was never stopped; one that has made all its steps makes no more.
         progress: show a bar on the standard error.
         report: called with each measurement as it is made; see `evaluate`.
 
@@ -100,8 +100,8 @@ def finetune(
         A `Run`.
 
     Raises:
-        TrainingError: if the loss is not a number any more, there is no step to make,
-            or the state in `folder` is another run's.
+        TrainingError: if the loss or its gradient is not a number any more, there is no
+            step to make, or the state in `folder` is another run's.
 
     Example:
         >>> import jax.numpy as jnp, lorax_jax as lj
@@ -129,10 +129,10 @@ def finetune(
     if resume and folder is not None:
         state, fixed, history = restore_state(folder, state, fixed)
     done = int(state.step)
-    if done >= steps:
+    if done > steps:
         raise TrainingError(
-            f"The run in {folder} has made its {done} steps; there is nothing to "
-            "resume. Start another from its adapter."
+            f"The run in {folder} has made {done} steps, more than `steps` = {steps}. "
+            "Start another from its adapter."
         )
     step, score = make_step(apply, tx), make_score(apply)
 

@@ -6,6 +6,7 @@ shapes and dtypes, which is compared before anything is restored.
 """
 
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -119,10 +120,32 @@ def restore_state(
 
 def saved_steps(folder: str | os.PathLike) -> list[int]:
     """The steps that states are saved of, in order."""
+    return sorted(int(path.name) for path in _numbered(folder) if _is_state(path))
+
+
+def foreign_states(folder: str | os.PathLike) -> list[Path]:
+    """What lies where a state would, and is none."""
+    return sorted(path for path in _numbered(folder) if not _is_state(path))
+
+
+def remove_states(folder: str | os.PathLike) -> None:
+    """Removes every state, and what Orbax had written of one; nothing else."""
+    states = [path for path in _numbered(folder) if _is_state(path)]
+    for path in (*states, *Path(folder).glob("*.orbax-checkpoint-tmp*")):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+
+
+def _numbered(folder: str | os.PathLike) -> list[Path]:
     folder = Path(folder)
-    if not folder.is_dir():
-        return []
-    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
+    found = folder.iterdir() if folder.is_dir() else ()
+    return [path for path in found if re.fullmatch(r"[0-9]{8,}", path.name)]
+
+
+def _is_state(path: Path) -> bool:
+    """Whether a folder holds the two parts that `save_state` writes."""
+    parts = (path / _ARRAYS, path / _ABOUT)
+    return not path.is_symlink() and all(part.is_dir() for part in parts)
 
 
 def _whole(state: State, fixed: dict[str, Any]) -> dict[str, Any]:

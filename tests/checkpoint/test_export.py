@@ -368,9 +368,7 @@ def test_folders_that_are_in_use(make, base_folder, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "thesis.txt").write_text("years of work")
-    with pytest.raises(
-        CheckpointError, match=r"holds \['thesis.txt'\] and was not written"
-    ):
+    with pytest.raises(CheckpointError, match=r"holds \['thesis.txt'\], not written"):
         lj.export_merged(base, folder, out)
     assert (out / "thesis.txt").read_text() == "years of work"
     lj.export_merged(base, folder, out, overwrite=True)

@@ -164,9 +164,7 @@ def test_resume_keeps_the_settings(finetune, run, here):
     result = run("finetune", "--resume", "lorax-out", "--out", "other")
     assert result.exit_code == 2
     assert "--out and --resume name two folders" in result.stderr
-    result = run("finetune", "--resume", "lorax-out", "--rank", 2)
-    assert result.exit_code == 2
-    assert "has made its 4 steps; there is nothing to resume" in result.stderr
+    assert run("finetune", "--resume", "lorax-out", "--rank", 2).exit_code == 0
     (here / "data.txt").write_text("Something else. " * 200)
     result = run("finetune", "--resume", "lorax-out")
     assert result.exit_code == 2

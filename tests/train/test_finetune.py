@@ -149,9 +149,15 @@ def test_no_step_to_make(model, params, adapter, rows, options, name):
 
 def test_a_finished_run(model, params, adapter, rows, options, tmp_path):
     saved = options | {"folder": tmp_path}
-    finetune(model, params, adapter, rows, **saved)
-    with pytest.raises(TrainingError, match="has made its 10 steps; there is nothing"):
-        finetune(model, params, adapter, rows, **saved, resume=True)
+    run = finetune(model, params, adapter, rows, **saved)
+    again = finetune(model, params, adapter, rows, **saved, resume=True)
+    assert again.finished and again.history == run.history
+    for one, other in zip(
+        *map(jax.tree.leaves, (run.adapter, again.adapter)), strict=True
+    ):
+        assert np.array_equal(one, other)
+    with pytest.raises(TrainingError, match="has made 10 steps, more than `steps` = 9"):
+        finetune(model, params, adapter, rows, **saved | {"steps": 9}, resume=True)
 
 
 def test_resuming_from_nowhere(model, params, adapter, rows, options):
