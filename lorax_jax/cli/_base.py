@@ -30,6 +30,12 @@ class Base(NamedTuple):
         return getattr(self.model.config, "n_positions", None)
 
     @property
+    def window(self) -> int | None:
+        """How many positions it was trained on, where it counts them."""
+        found = config_of(self.where).get("max_position_embeddings")
+        return found if isinstance(found, int) else None
+
+    @property
     def name(self) -> str:
         """What to call it."""
         from ..embedded import MODEL_DIR

@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from ._program import Command, Failure
+from ._types import Number
 
 
 @click.command(cls=Command)
@@ -18,7 +19,7 @@ from ._program import Command, Failure
     help="For a model: regex of whole paths; may be repeated. [default: all-linear]",
 )
 @click.option("--rank", type=click.IntRange(1), default=8, show_default=True)
-@click.option("--alpha", type=float, default=16.0, show_default=True)
+@click.option("--alpha", type=Number(0, min_open=True), default=16.0, show_default=True)
 def inspect(
     path: Path, base: str | None, targets: tuple[str, ...], rank: int, alpha: float
 ) -> None:

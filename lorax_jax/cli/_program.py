@@ -1,13 +1,17 @@
 """How every command ends: its exit status, and what it says when something is wrong.
 
 0: done. 2: the input is wrong; one message on the standard error, no traceback, unless
-`--debug` asks for it. 130: Ctrl-C; the message says what is saved. A bug of ours keeps
-its traceback.
+`--debug` asks for it. 130: Ctrl-C; the message says what is saved. 143: the same by
+SIGTERM, as schedulers send it. A bug of ours keeps its traceback.
 """
 
+import contextlib
 import errno
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +25,13 @@ _FULL = {
     errno.EFBIG: "A file would be larger than it may be; see `ulimit -f`.",
 }
 
-_SAVED = f"{__name__}.saved"
+_SMALLER = {
+    "finetune": "Lower --batch (--accumulate makes up for it) or --length, or give "
+    "--remat.",
+    "generate": "Lower --max-new-tokens, or give a shorter prompt.",
+}
+
+_SAVED, _STATUS = f"{__name__}.saved", f"{__name__}.status"
 
 
 class Failure(click.ClickException):
@@ -74,10 +84,11 @@ class Command(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         debug = ctx.params.pop("debug")
         try:
-            return super().invoke(ctx)
+            with _termination(ctx):
+                return super().invoke(ctx)
         except KeyboardInterrupt:
             click.echo(f"\nInterrupted. {_what_is_saved(ctx)}", err=True)
-            ctx.exit(130)
+            ctx.exit(interrupted_status())
         except Failure as error:
             error.ctx = ctx
             raise
@@ -88,6 +99,33 @@ class Command(click.Command):
             failure = Failure(message)
             failure.ctx = ctx
             raise failure from error
+
+
+@contextlib.contextmanager
+def _termination(ctx: click.Context) -> Iterator[None]:
+    """Inside, SIGTERM does what Ctrl-C does, and is remembered for the exit status."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # no other thread may set handlers
+        return
+
+    def handle(signum: int, frame: Any) -> None:
+        ctx.meta[_STATUS] = 128 + signum
+        on_interrupt = signal.getsignal(signal.SIGINT)
+        if callable(on_interrupt):
+            on_interrupt(signal.SIGINT, frame)
+        else:  # in the background of a shell script Ctrl-C is ignored
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def interrupted_status() -> int:
+    """The exit status of a command that was interrupted."""
+    return click.get_current_context().meta.get(_STATUS, 128 + signal.SIGINT)
 
 
 def warn(message: str) -> None:
@@ -111,6 +149,9 @@ def _message(error: Exception, ctx: click.Context) -> str | None:
     """What to say about an error; `None` if it is a bug of ours."""
     if isinstance(error, LoraxError):
         return str(error)
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        advice = _SMALLER.get(str(ctx.command.name), "Free some of it.")
+        return f"Out of memory. {advice} {_what_is_saved(ctx)}"
     for number, text in _FULL.items():  # storage libraries have error types of theirs
         if getattr(error, "errno", None) == number or os.strerror(number) in str(error):
             return f"{text} {_what_is_saved(ctx)}"

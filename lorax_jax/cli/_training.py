@@ -89,7 +89,7 @@ class Training:
         check_space(out, memory.adapter + 2 * state + merged, max(state, merged))
 
     def run(self, out: Path, *, resume: bool) -> bool:
-        """Trains, and prints measurements and samples. False after Ctrl-C."""
+        """Trains, and prints measurements and samples. False if interrupted."""
         settings = self.settings
         steps = settings["steps"]
         click.echo(_count.count(self.base.params, self.adapter))
@@ -183,6 +183,7 @@ class Training:
             temperature=0.7,
             top_p=0.95,
             positions=self.base.positions,
+            window=self.base.window,
         )
         first, *more = (self.rows.prompt + text).strip().splitlines()
         lines = [f"{when:9} {first}", *(f"{'':9} {line}".rstrip() for line in more)]

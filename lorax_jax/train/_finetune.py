@@ -1,5 +1,6 @@
 """`finetune`: the thin loop around the training step."""
 
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from tqdm import tqdm
 
 from ..adapters import Adapter
 from ._errors import TrainingError
+from ._finite import diverged
 from ._history import History
 from ._interrupt import deferred_interrupt
 from ._loss import bits_per_byte
@@ -140,7 +142,11 @@ def finetune(
         if heldout is not None:
             now = Adapter(state.train, fixed)
             found = evaluate(score, weight, now, params, heldout, batch=batch)
-            history.append({"step": int(state.step), **found})
+            loss, made = found["heldout_loss"], int(state.step)
+            if not math.isfinite(loss):
+                what = f"The held-out loss after {made} steps"
+                raise diverged(what, loss, made, params)
+            history.append({"step": made, **found})
             if report is not None:
                 report(history[-1])
 
@@ -150,7 +156,7 @@ def finetune(
 
     if not resume:
         measure(0.0)
-    meter, number = Meter(history), done
+    meter, number = Meter(history, params), done
     with deferred_interrupt() as asked, _bar(done, steps, progress) as bar:
         for number in range(done + 1, steps + 1):
             rows = batch_at(data, number - 1, size=batch * accumulate, seed=seed)

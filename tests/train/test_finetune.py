@@ -3,6 +3,7 @@ import signal
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from lorax_jax import train
@@ -137,8 +138,45 @@ def test_progress_goes_to_the_standard_error(
 
 def test_a_loss_that_is_no_number(model, params, adapter, rows, options):
     broken = params | {"embed": params["embed"] * np.nan}
-    with pytest.raises(TrainingError, match="The loss of step 1 is nan. Lower the"):
+    message = r"is nan\. The base holds NaN or infinity in embed; load another"
+    with pytest.raises(TrainingError, match="after 0 steps " + message):
         finetune(model, broken, adapter, rows, **options)
+    options = options | {"heldout": None}
+    with pytest.raises(TrainingError, match="loss of step 1 " + message):
+        finetune(model, broken, adapter, rows, **options)
+
+
+def test_a_base_that_overflows(model, params, adapter, rows, options):
+    def overflow(params, ids):
+        return model(params, ids) * np.float32(np.inf)
+
+    message = r"after 0 steps is nan\. No update was made yet.* only finite numbers"
+    with pytest.raises(TrainingError, match=message):
+        finetune(overflow, params, adapter, rows, **options)
+
+
+def test_a_run_that_diverges(model, params, adapter, rows, options):
+    options = options | {"tx": optax.sgd(1e38)}
+    message = (
+        r"(loss|norm in|of) step \d+ is (nan|inf)\. Lower the learning rate or alpha"
+    )
+    with pytest.raises(TrainingError, match=message):
+        finetune(model, params, adapter, rows, **options)
+
+
+def test_a_gradient_that_is_no_number(model, params, adapter, rows, options):
+    @jax.custom_jvp
+    def wild(logits):
+        return logits
+
+    @wild.defjvp
+    def _(primals, tangents):
+        return primals[0], tangents[0] * np.float32(1e38)
+
+    with pytest.raises(
+        TrainingError, match=r"gradient's norm in step 1 is inf\. No upd"
+    ):
+        finetune(lambda p, ids: wild(model(p, ids)), params, adapter, rows, **options)
 
 
 @pytest.mark.parametrize("name", ["steps", "batch", "accumulate"])
