@@ -9,6 +9,7 @@ import click
 from ._program import Command, Failure, interrupted_status
 from ._types import SEED, Number, Prompt
 
+TIES = ("shared", "lookup", "head")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -24,6 +25,14 @@ DTYPES = ("float32", "bfloat16", "float16")
     multiple=True,
     default=["all-linear"],
     help="Regex of whole parameter paths; may be repeated. [default: all-linear]",
+)
+@click.option(
+    "--exclude", multiple=True, help="Regex of paths to leave out; may be repeated."
+)
+@click.option(
+    "--tie",
+    type=click.Choice(TIES),
+    help="Which use of a table that is also the head to adapt.",
 )
 @click.option("--rank", type=click.IntRange(1), default=8, help="[default: 8]")
 @click.option(

@@ -18,6 +18,7 @@ from typing import Any
 import click
 
 from .._errors import LoraxError
+from ._advice import in_options
 
 _FULL = {
     errno.ENOSPC: "The disk is full.",
@@ -61,10 +62,15 @@ class Program(click.Group):
     ) -> Any:
         del standalone_mode  # click's own would end with other messages and statuses
         prog_name = prog_name or self.name
+        # Its retries fill the screen; what comes of them is said once.
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")
         try:
             status = super().main(args, prog_name, complete_var, False, **kwargs)
         except click.Abort:  # Ctrl-C before any command was running
             sys.exit(130)
+        except click.exceptions.NoArgsIsHelpError as error:
+            click.echo(error.format_message(), err=True)
+            sys.exit(2)
         except click.ClickException as error:
             where = getattr(error, "ctx", None)
             name = where.command_path if where else self.name
@@ -148,7 +154,7 @@ def _what_is_saved(ctx: click.Context) -> str:
 def _message(error: Exception, ctx: click.Context) -> str | None:
     """What to say about an error; `None` if it is a bug of ours."""
     if isinstance(error, LoraxError):
-        return str(error)
+        return in_options(str(error))
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         advice = _SMALLER.get(str(ctx.command.name), "Free some of it.")
         return f"Out of memory. {advice} {_what_is_saved(ctx)}"

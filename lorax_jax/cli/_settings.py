@@ -46,8 +46,11 @@ def complete(options: dict[str, Any]) -> dict[str, Any]:
 
         settings["data"] = ADAPT_TEXT
     settings["data"] = str(Path(settings["data"]).absolute())
+    # Whether an adapter names its base as seen from itself; see `_base.reference`.
+    settings["relative"] = not Path(settings["model"] or "/").is_absolute()
     settings["model"] = located(settings["model"])
-    settings["targets"] = list(settings["targets"])
+    for name in ("targets", "exclude"):
+        settings[name] = list(settings[name])
     return settings
 
 

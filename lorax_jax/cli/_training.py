@@ -1,5 +1,6 @@
 """What `lorax-jax finetune` does, step by step."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from tqdm import tqdm
 from .. import _count, checkpoint, planning, train, transform
 from .._config import LoraConfig
 from ..adapters import bind
-from ._base import Base, folder_of, load_base
+from ._base import Base, folder_of, load_base, reference
 from ._output import check_space
 from ._program import note_saved
 from ._rows import Rows, read_rows
@@ -67,6 +68,8 @@ class Training:
         ids = jax.ShapeDtypeStruct((1, rows.data.weights.shape[1]), jnp.int32)
         config = LoraConfig(
             targets=settings["targets"],
+            exclude=settings["exclude"],
+            tie=settings["tie"],
             rank=settings["rank"],
             alpha=settings["alpha"],
             rslora=settings["rslora"],
@@ -86,6 +89,8 @@ class Training:
         if export:
             base = folder_of(self.base.where)
             merged = checkpoint.check_export(base, out / "merged")
+            # A table that is adapted in one use gives the head a tensor of its own.
+            merged += sum(4 * math.prod(site.shape) for site in self.plan if site.use)
         check_space(out, memory.adapter + 2 * state + merged, max(state, merged))
 
     def run(self, out: Path, *, resume: bool) -> bool:
@@ -137,22 +142,23 @@ class Training:
 
     def write(self, out: Path) -> list[Path]:
         """Writes the adapter, the history and the loss curve."""
-        base = self.base
+        base, folder = self.base, out / "adapter"
+        named = reference(base.where, folder, relative=self.settings["relative"])
         checkpoint.save_adapter(
-            out / "adapter",
+            folder,
             self.adapter,
             plan=self.plan,
             names=base.model.names,
             params=base.params,
-            base_model_name_or_path=base.where,
+            base_model_name_or_path=named,
             task_type="CAUSAL_LM",
             tokenizer=base.tokenizer,
         )
-        note_saved(out / "adapter")
+        note_saved(folder)
         train.write_history(out / "history.jsonl", self.history)
         title = f"{base.name} on {Path(self.settings['data']).name}"
         train.plot_history(self.history, out / "loss.png", title=title)
-        return [out / "adapter", out / "history.jsonl", out / "loss.png"]
+        return [folder, out / "history.jsonl", out / "loss.png"]
 
     def export(self, out: Path) -> Path:
         """Writes the merged model."""

@@ -48,16 +48,18 @@ def check_numbers(fields: Mapping[str, Any]) -> None:
     for name, value in fields.items():
         if value is None and name in _OPTIONAL:
             continue
-        number = isinstance(value, int | float) and not isinstance(value, bool)
+        size = math.nan  # of what is no number; it is in no range
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            size = value
         if name in _COUNTS:
             most = _MOST.get(name, _MOST_OF_ANY)
-            fine = number and isinstance(value, int) and 1 <= value <= most
+            fine = isinstance(value, int) and 1 <= size <= most
             meant = f"a whole number from 1 to {most:,}"
         elif name in _ABOVE_ZERO:
-            fine = number and 0 < value < math.inf
+            fine = 0 < size < math.inf
             meant = "a number above 0"
         elif name in _AT_LEAST_ZERO:
-            fine = number and 0 <= value < math.inf
+            fine = 0 <= size < math.inf
             meant = "a number from 0 up"
         else:
             continue

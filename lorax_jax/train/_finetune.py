@@ -157,7 +157,7 @@ def finetune(
     if not resume:
         measure(0.0)
     meter, number = Meter(history, params), done
-    with deferred_interrupt() as asked, _bar(done, steps, progress) as bar:
+    with deferred_interrupt() as interrupt, _bar(done, steps, progress) as bar:
         for number in range(done + 1, steps + 1):
             rows = batch_at(data, number - 1, size=batch * accumulate, seed=seed)
             parts = Windows(*(x.reshape(accumulate, batch, -1) for x in rows))
@@ -166,13 +166,14 @@ def finetune(
             meter.after(number, metrics, parts.weights.size)
             bar.set_postfix_str(_progress(history, meter), refresh=False)
             bar.update()
-            stop = asked() or number == steps
+            stop = interrupt.asked or number == steps
             if stop or _due(number, eval_every) or _due(number, save_every):
                 meter.pause()
                 if number == steps or _due(number, eval_every):
                     measure(1.0)
                 if stop or _due(number, save_every):
-                    save()
+                    with interrupt.shielded():
+                        save()
             if stop:
                 break
     return Run(
