@@ -1,5 +1,6 @@
 import os
 import signal
+import sys
 
 import jax
 import numpy as np
@@ -125,6 +126,23 @@ def test_a_second_ctrl_c_stops_at_once(model, params, adapter, rows, options):
 
     with pytest.raises(KeyboardInterrupt):  # which says nothing
         finetune(model, params, adapter, rows, **options, report=interrupt)
+
+
+def test_ctrl_c_does_not_tear_a_save(
+    model, params, adapter, rows, options, tmp_path, monkeypatch
+):
+    real = train.save_state
+
+    def save(*args):
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*args)
+
+    monkeypatch.setattr(sys.modules[finetune.__module__], "save_state", save)
+    options = options | {"folder": tmp_path, "save_every": 5}
+    run = finetune(model, params, adapter, rows, **options)
+    assert not run.finished
+    assert train.saved_steps(tmp_path) == [6]
 
 
 def test_progress_goes_to_the_standard_error(
