@@ -53,7 +53,9 @@ def _taken(folder: Path) -> bool:
     if not folder.is_dir():
         return folder.exists()
     found = {path.name for path in folder.iterdir()} - {LOCK}
-    return bool(found) and not (found == {_settings.FILE} and _settings.is_run(folder))
+    # What a run that was killed before, or in, its first save leaves behind.
+    failed = found <= {_settings.FILE, "state"} and _settings.is_run(folder)
+    return bool(found) and not (failed and train.holds_nothing(folder / "state"))
 
 
 def check_replaceable(folder: Path, **inputs: str) -> None:

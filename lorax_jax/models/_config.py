@@ -169,6 +169,10 @@ def _attributes(hf_config: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     # `rope_scaling`) into today's form and fills in the defaults.
     hf_class = config_class(family)
     check_numbers(given)
+    names = ("hidden_size", "num_attention_heads")
+    derived = given.get("head_dim") is None and family != "qwen3"  # which has a default
+    if derived and all(name in given for name in names):
+        check_heads(*(given[name] for name in names), names)
     try:
         return hf_class(**given).to_dict(), hf_class().to_dict()
     except Exception as error:  # `transformers` checks some attributes, in many ways
@@ -182,8 +186,6 @@ def _llama(family: str, given: dict[str, Any]) -> tuple[LlamaConfig, set[str]]:
     act = _activation("hidden_act", given["hidden_act"])
     heads, kv_heads = given["num_attention_heads"], given["num_key_value_heads"]
     check_heads(heads, kv_heads, ("num_attention_heads", "num_key_value_heads"))
-    if not given.get("head_dim"):
-        check_heads(given["hidden_size"], heads, ("hidden_size", "num_attention_heads"))
     head_dim = given.get("head_dim") or given["hidden_size"] // heads
     if head_dim % 2:
         raise ConfigError(

@@ -19,6 +19,7 @@ from .._errors import listing
 from ._errors import TrainingError
 from ._step import State
 
+_UNFINISHED = "*.orbax-checkpoint-tmp*"  # Orbax's name for a state in the making
 _ARRAYS, _ABOUT = "arrays", "about"
 
 
@@ -128,10 +129,16 @@ def foreign_states(folder: str | os.PathLike) -> list[Path]:
     return sorted(path for path in _numbered(folder) if not _is_state(path))
 
 
+def holds_nothing(folder: str | os.PathLike) -> bool:
+    """Whether there is no state, and nothing else but what Orbax had begun to write."""
+    unfinished = {*Path(folder).glob(_UNFINISHED)}
+    return all(path in unfinished for path in Path(folder).glob("*"))
+
+
 def remove_states(folder: str | os.PathLike) -> None:
     """Removes every state, and what Orbax had written of one; nothing else."""
     states = [path for path in _numbered(folder) if _is_state(path)]
-    for path in (*states, *Path(folder).glob("*.orbax-checkpoint-tmp*")):
+    for path in (*states, *Path(folder).glob(_UNFINISHED)):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
 

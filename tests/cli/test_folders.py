@@ -254,4 +254,10 @@ def test_a_run_that_was_killed_does_not_block_the_next(finetune, earlier, here):
         if path.name != "run.json":
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     (earlier / _claim.LOCK).write_text("1")
+    torn = earlier / "state" / "00000004.orbax-checkpoint-tmp"
+    torn.mkdir(parents=True)
+    (earlier / "state" / "thesis.txt").write_text("years of work")
+    refused(finetune(out="o"), "o is not empty")
+    (earlier / "state" / "thesis.txt").unlink()
     assert finetune(out="o").exit_code == 0
+    assert not torn.exists()

@@ -132,7 +132,7 @@ NAN, INF = float("nan"), float("inf")
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("llama2", {"hidden_size": 65}, r"The hidden size \(65\) is not a multiple"),
+        ("llama2", {"hidden_size": 65}, r"`hidden_size` = 65 is not a multiple of"),
         ("mistral", {"hidden_size": 65}, r"`hidden_size` = 65 is not a multiple of"),
         (
             "llama2",
