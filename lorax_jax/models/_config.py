@@ -172,7 +172,7 @@ def _attributes(hf_config: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     names = ("hidden_size", "num_attention_heads")
     derived = given.get("head_dim") is None and family != "qwen3"  # which has a default
     if derived and all(name in given for name in names):
-        check_heads(*(given[name] for name in names), names)
+        check_heads(given[names[0]], given[names[1]], names)
     try:
         return hf_class(**given).to_dict(), hf_class().to_dict()
     except Exception as error:  # `transformers` checks some attributes, in many ways
