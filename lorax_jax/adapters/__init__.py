@@ -9,6 +9,7 @@ from ._lora import LowRank as LowRank
 from ._tree import Adapter as Adapter
 from ._tree import Fixed as Fixed
 from ._tree import Role as Role
+from ._tree import as_key as as_key
 from ._tree import bind as bind
 from ._tree import not_floating as not_floating
 from ._tree import stable_hash as stable_hash

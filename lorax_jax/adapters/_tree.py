@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -161,9 +162,10 @@ def bind(
             f"`weights` has {len(weights)} entries for {len(adapters)} adapters. Give "
             "one multiplier for each, in the same order."
         )
+    for weight in weights:
+        _check_multiplier(weight)
     leaves, treedef = _paths.flatten(params, is_leaf=is_weight)
-    if key is not None and not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.wrap_key_data(key)  # a key of the old style, two integers
+    key = None if key is None else as_key(key, "`bind(..., key=)`")
     by_path = dict(leaves)
     terms: dict[str, list[Term]] = {}
     for index, (adapter, weight) in enumerate(zip(adapters, weights, strict=True)):
@@ -229,6 +231,27 @@ def dropout_keys(key: jax.Array, role: Role, layers: tuple[int, ...]) -> jax.Arr
     return jax.random.split(key, layers) if layers else key
 
 
+def as_key(key: Any, where: str) -> jax.Array:
+    """A single PRNG key, of the new style whichever was given.
+
+    Args:
+        key: `jax.random.key(0)`, or the two integers of `jax.random.PRNGKey(0)`.
+        where: the argument, for the message.
+
+    Raises:
+        AdapterError: if it is neither.
+    """
+    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
+    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and shape == ():
+        return key
+    if dtype == jnp.uint32 and shape is not None and len(shape) == 1:
+        return jax.random.wrap_key_data(key)
+    found = f"{key!r:.60}" if dtype is None else f"an array {dtype}{list(shape or ())}"
+    raise AdapterError(
+        f"{where} is {found}; one PRNG key is meant, as `jax.random.key(0)` gives."
+    )
+
+
 def stable_hash(text: str) -> int:
     """32 bits of `text`, the same in every process, for `jax.random.fold_in`."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
@@ -245,11 +268,26 @@ def _like(base: Any, factor: Factor) -> Factor:
     return Factor(array, factor.axes)
 
 
+def _check_multiplier(weight: Any) -> None:
+    number = isinstance(weight, int | float)
+    array = hasattr(weight, "dtype") and jnp.issubdtype(weight.dtype, jnp.number)
+    if not (number or array) or (number and not math.isfinite(weight)):
+        raise AdapterError(
+            f"`weights` holds {weight!r:.60}; a multiplier is a finite number or an "
+            "array of them."
+        )
+
+
 def _check_is_adapter(adapter: Any) -> None:
     if not isinstance(adapter, Adapter):
         raise AdapterError(
             f"`bind` got a {type(adapter).__name__} where an `Adapter` was expected. "
             "Write `bind(params, Adapter(train, fixed))`."
+        )
+    if not all(isinstance(fixed, Fixed) for fixed in adapter.fixed.values()):
+        raise AdapterError(
+            "`fixed` of an adapter must hold `Fixed` entries. The order is "
+            "`Adapter(train, fixed)`; both come from `init` or `load_adapter`."
         )
     if set(adapter.train) != set(adapter.fixed):
         odd = sorted(set(adapter.train) ^ set(adapter.fixed))

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from .._errors import AdapterError, CheckpointError
 from ..adapters import Fixed
@@ -55,6 +56,12 @@ def split(
                 f"{site.path!r} has rank {site.rank}, and its arrays are not zero "
                 "beyond it, so the file would hold another adapter. Take the arrays "
                 "as `init` or `load_adapter` laid them out."
+            )
+        # In float64: NumPy asks no question of a bfloat16.
+        if not all(np.isfinite(x[i].astype(np.float64)).all() for x in (a, b)):
+            raise AdapterError(
+                f"The factors of {site.path!r} hold NaN or infinity, and no file of "
+                "them could be loaded again. Save the state before training diverged."
             )
         yield (
             i,
@@ -100,8 +107,14 @@ def host(array: Any) -> np.ndarray:
     """An array on the host.
 
     Raises:
-        CheckpointError: if parts of it are on devices of other processes.
+        CheckpointError: if parts of it are on devices of other processes, or if it has
+            no value yet.
     """
+    if isinstance(array, Tracer):
+        raise CheckpointError(
+            "The adapter is being traced, and has no values that could be written. "
+            "Save it outside of `jit`."
+        )
     if not getattr(array, "is_fully_addressable", True):
         raise CheckpointError(
             "The adapter is spread over several processes, and each sees a part of it. "

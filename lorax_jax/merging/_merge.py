@@ -84,10 +84,10 @@ def merge(
                 f"{path!r} cannot be merged: {error}. Untie the weight first: give "
                 "the head a leaf of its own and adapt that."
             ) from None
-        if safe and isinstance(merged, Tracer):
+        if (safe or report) and isinstance(merged, Tracer):
             raise AdapterError(
-                "`safe` looks at values, and inside `jit` there are none yet. Merge "
-                "outside, or check the result yourself."
+                "`safe` and `report` look at values, and inside `jit` there are none "
+                "yet. Merge outside, or check the result yourself."
             )
         if safe and not bool(jnp.isfinite(merged).all()):
             raise AdapterError(

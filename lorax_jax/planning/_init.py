@@ -10,7 +10,7 @@ from jaxtyping import PRNGKeyArray
 
 from .. import _paths, initializers
 from .._errors import PlanError
-from ..adapters import Adapter, Fixed, stable_hash
+from ..adapters import Adapter, Fixed, as_key, stable_hash
 from ._plan import Plan
 from ._sites import Site, Slot
 
@@ -33,6 +33,7 @@ def init(plan: Plan, params: Any, *, key: PRNGKeyArray) -> Adapter:
 
     Raises:
         PlanError: if `params` is not the tree of the plan.
+        AdapterError: if `key` is no PRNG key.
 
     Example:
         >>> import lorax_jax as lj
@@ -48,6 +49,7 @@ def init(plan: Plan, params: Any, *, key: PRNGKeyArray) -> Adapter:
         for path, leaf in _paths.flatten(params)[0]
         if hasattr(leaf, "shape")
     }
+    key = as_key(key, "`init(..., key=)`")
     train, fixed = {}, {}
     for slot in plan.slots:
         if shapes.get(slot.role.path) != slot.shape:

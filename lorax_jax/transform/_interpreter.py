@@ -241,6 +241,11 @@ def adapt(
         >>> lj.adapt(fn)(lj.bind(params, adapter), jnp.ones(3))
         Array([3., 3.], dtype=float32)
     """
+    if not callable(fn):
+        raise TransformError(
+            f"`adapt` got {fn!r:.60}, which is no function. Give it what runs the "
+            "model, e.g. `adapt(model.apply)`."
+        )
     options = _options(materialize, custom)
     traced: dict[Any, _Entry] = {}
 
