@@ -15,6 +15,7 @@ from ._errors import CheckpointError
 from ._json import read_json
 from .adapters import Adapter
 from .checkpoint import Receipt, load_adapter
+from .embedded import MODEL_DIR
 
 
 class LoadedAdapter(NamedTuple):
@@ -44,7 +45,7 @@ def load_adapted(
 
     The model is found through `base_model_name_or_path` in `adapter_config.json`: a
     folder, looked for from the adapter's folder and then from the working directory,
-    or a hub id. No other path in the adapter's files is followed.
+    a hub id, or the embedded model. No other path in the adapter's files is followed.
 
     Args:
         adapter_dir: the adapter's folder.
@@ -85,6 +86,8 @@ def _base(folder: Path) -> str | Path:
             return place
     if re.fullmatch(r"[\w.-]+/[\w.-]+", named):
         return named
+    if Path(named).parts[-3:] == MODEL_DIR.parts[-3:]:  # wherever the library was
+        return MODEL_DIR
     raise CheckpointError(
         f"{config} names the model {named!r:.120}, which is no folder here and no hub "
         "id. Give it: `load_adapted(adapter_dir, base=...)`."

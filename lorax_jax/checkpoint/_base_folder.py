@@ -170,17 +170,27 @@ def _check_map(
         )
 
 
-def copy_rest(base: Path, out: Path) -> None:
-    """Copies what is no weight: tokenizer, templates, licenses; folders too.
+def rest(base: Path) -> Iterator[Path]:
+    """Files that are no weights: tokenizer, templates, licenses; in folders too.
 
-    Hidden files are left out, and so is `config.json`, which the caller writes.
+    Hidden files are left out, and so is `config.json`, which an export writes itself.
     """
-    for source in sorted(base.iterdir()):
-        name = source.name
-        if name.startswith(".") or name.endswith(_WEIGHTS) or name == CONFIG:
+    return (path for path in _no_weights(base) if path != base / CONFIG)
+
+
+def _no_weights(folder: Path) -> Iterator[Path]:
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or path.name.endswith(_WEIGHTS):
             continue
-        if source.is_dir():
-            copied = shutil.ignore_patterns(".*", *(f"*{end}" for end in _WEIGHTS))
-            shutil.copytree(source, out / name, ignore=copied)
-        elif source.is_file():
-            shutil.copyfile(source, out / name)
+        if path.is_dir():
+            yield from _no_weights(path)
+        elif path.is_file():
+            yield path
+
+
+def copy_rest(base: Path, out: Path) -> None:
+    """Copies what `rest` finds."""
+    for source in rest(base):
+        target = out / source.relative_to(base)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)

@@ -32,7 +32,7 @@ def write_card(folder: Path, base: str | None, sites: Sequence[FileSite]) -> Non
 
     Args:
         folder: where to.
-        base: the base model; a hub id goes into the front matter.
+        base: the base model; named if it is a hub id.
         sites: what the adapter adapts.
     """
     factors = [site for site in sites if site.low_rank]
@@ -42,7 +42,8 @@ def write_card(folder: Path, base: str | None, sites: Sequence[FileSite]) -> Non
     whole = sorted({_digits(site.path) for site in sites if site.kind == "whole"})
     rows = sum(len(site.ids) for site in sites)
     front = ["library_name: peft", "tags:", "- lora", "- lorax-jax"]
-    if base is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", base):
+    named = base is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", base)
+    if named:  # a path of the author's says nothing to others
         front.insert(0, f"base_model: {base}")
     text = f"""---
 {chr(10).join(front)}
@@ -50,7 +51,7 @@ def write_card(folder: Path, base: str | None, sites: Sequence[FileSite]) -> Non
 
 # {kind} adapter
 
-A {kind} adapter{f" for `{base}`" if base else ""}, made with lorax-jax: {len(factors)}
+A {kind} adapter{f" for `{base}`" if named else ""}, made with lorax-jax: {len(factors)}
 weights, rank {" to ".join(map(str, dict.fromkeys((ranks[0], ranks[-1]))))}.
 
 Adapted: {", ".join(f"`{name}`" for name in modules)}.

@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._errors import CheckpointError
+from .._json import read_json
 from .._names import NameMap
 from ..adapters import Adapter
 from ._atomic import check_space, replacing
-from ._base_folder import CONFIG, INDEX, SINGLE, BaseFolder, copy_rest, open_base
+from ._base_folder import CONFIG, INDEX, SINGLE, BaseFolder, copy_rest, open_base, rest
 from ._onto_base import TOKEN_TABLES
 from ._piece import HEAD, Piece
 from ._pieces import pieces_of
@@ -103,7 +104,8 @@ def export_merged(
     table = None if names is None else NameMap.of(names)
     wanted = None if dtype is None else code_of(jnp.dtype(dtype))
     limit = None if max_shard_size is None else _bytes(max_shard_size)
-    _check_out(Path(base_dir), adapters, Path(out_dir), overwrite)
+    folders = [one for one in adapters if isinstance(one, str | os.PathLike)]
+    _check_out([base_dir, *folders], out_dir, overwrite)
     with open_base(base_dir) as base:
         changes = _Changes(base, table)
         for one, weight in zip(adapters, weights or [1.0] * len(adapters), strict=True):
@@ -111,7 +113,7 @@ def export_merged(
         outputs = changes.outputs(wanted)
         sizes = {output.name: _size(output, base) for output in outputs}
         files = _files(outputs, sizes, base, limit)
-        check_space(out_dir, sum(sizes.values()) + (16 << 20))
+        check_space(out_dir, _needed(base, outputs))
         with replacing(out_dir, keep=False) as folder:
             for file, group in files.items():
                 write_file(folder / file, base, group, safe=safe)
@@ -121,8 +123,34 @@ def export_merged(
                 _write_index(folder, base, files, sum(sizes.values()))
             merged = tuple(output.name for output in outputs if output.pieces)
             mark = {"base": str(base_dir), "merged": sorted(merged)}
+            mark["files"] = _files_in(folder)
             (folder / MARK).write_text(json.dumps(mark, indent=2) + "\n")
         return Export(merged, len(outputs) - len(merged), changes.untied)
+
+
+def check_export(base_dir: str | os.PathLike, out_dir: str | os.PathLike) -> int:
+    """Raises what `export_merged` would, as far as that is known without an adapter.
+
+    Args:
+        base_dir: the model's folder.
+        out_dir: the folder to write.
+
+    Returns:
+        How many bytes an export of an adapter that changes no dtype and unties no head
+        takes.
+
+    Raises:
+        CheckpointError: if the base cannot be read, or `out_dir` is in use.
+    """
+    _check_out([base_dir], out_dir, overwrite=False)
+    with open_base(base_dir) as base:
+        return _needed(base, _Changes(base, None).outputs(None))
+
+
+def _needed(base: BaseFolder, outputs: Sequence[Output]) -> int:
+    """Bytes of an export: tensors, what is copied, and some for the JSON beside."""
+    tensors = sum(_size(output, base) for output in outputs)
+    return tensors + sum(path.stat().st_size for path in rest(base.path)) + (1 << 20)
 
 
 Added = tuple[tuple[Piece, float], ...]
@@ -200,22 +228,37 @@ def _has_head(config: dict[str, Any]) -> bool:
     return not found or any("LM" in a or "Generation" in a for a in map(str, found))
 
 
-def _check_out(base: Path, adapters: Sequence[Any], out: Path, overwrite: bool) -> None:
+def _check_out(
+    inputs: Sequence[str | os.PathLike], out: str | os.PathLike, overwrite: bool
+) -> None:
     final = Path(os.path.realpath(out))
-    folders = [base, *(a for a in adapters if isinstance(a, str | os.PathLike))]
-    for folder in (Path(os.path.realpath(f)) for f in folders):
+    for folder in (Path(os.path.realpath(path)) for path in inputs):
         if final == folder or final in folder.parents or folder in final.parents:
             raise CheckpointError(
                 f"`out_dir` = {out} and {folder} are one folder, or one lies in the "
                 "other. The export is written to a folder of its own."
             )
-    if final.is_dir() and any(final.iterdir()) and not (final / MARK).is_file():
-        if not overwrite:
-            found = sorted(path.name for path in final.iterdir())[:4]
+    if final.is_dir() and not overwrite:
+        others = sorted(set(_files_in(final)) - _earlier(final))
+        if others:
             raise CheckpointError(
-                f"`out_dir` = {out} holds {found} and was not written by an earlier "
+                f"`out_dir` = {out} holds {others[:4]}, not written by an earlier "
                 "export. Choose another folder, or say `overwrite=True` to replace it."
             )
+
+
+def _earlier(folder: Path) -> set[str]:
+    """The files that an earlier export wrote into a folder."""
+    try:
+        return {MARK, *read_json(folder / MARK)["files"]}
+    except (CheckpointError, KeyError, TypeError):
+        return set()
+
+
+def _files_in(folder: Path) -> list[str]:
+    """Every file below a folder, as seen from there, and every empty folder."""
+    found = (p for p in folder.rglob("*") if not p.is_dir() or not any(p.iterdir()))
+    return sorted(path.relative_to(folder).as_posix() for path in found)
 
 
 def _bytes(size: int | str) -> int:

@@ -3,6 +3,8 @@
 Commands import what they need when they run, so that `--help` does not wait for it.
 """
 
+import click
+
 from ._finetune import finetune
 from ._generate import generate
 from ._inspect import inspect
@@ -24,3 +26,4 @@ Examples:
 Each command has examples of its own: lorax-jax COMMAND --help.
 """,
 )
+main = click.version_option(package_name="lorax-jax", prog_name="lorax-jax")(main)

@@ -1,5 +1,7 @@
 """The model that a command works on, with its tokenizer."""
 
+import contextlib
+import os
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +30,12 @@ class Base(NamedTuple):
     def positions(self) -> int | None:
         """How many positions the model has learned; `None` if it counts them."""
         return getattr(self.model.config, "n_positions", None)
+
+    @property
+    def window(self) -> int | None:
+        """How many positions it was trained on, where it counts them."""
+        found = config_of(self.where).get("max_position_embeddings")
+        return found if isinstance(found, int) else None
 
     @property
     def name(self) -> str:
@@ -78,6 +86,29 @@ def located(where: str | None) -> str:
     return str(Path(where).resolve()) if Path(where).is_dir() else where
 
 
+def reference(where: str, adapter: Path, *, relative: bool) -> str:
+    """What an adapter calls its base, so that it is found again.
+
+    Args:
+        where: the base's hub id or absolute path.
+        adapter: the adapter's folder.
+        relative: whether a path was given as a relative one, and stays one: as seen
+            from the adapter.
+
+    Returns:
+        A hub id or a path; for the embedded model a name that is the same on every
+        machine.
+    """
+    from ..embedded import MODEL_DIR
+
+    if where == str(MODEL_DIR):
+        return "/".join(MODEL_DIR.parts[-3:])
+    if relative and Path(where).is_dir():
+        with contextlib.suppress(ValueError):  # on another drive
+            return Path(os.path.relpath(where, adapter.resolve())).as_posix()
+    return where
+
+
 def load_tokenizer(where: str) -> Any:
     """The tokenizer beside a model.
 
@@ -89,9 +120,10 @@ def load_tokenizer(where: str) -> Any:
     try:
         return models.tokenizer(where)
     except Exception as error:  # transformers raises many kinds
-        reason = str(error).strip().splitlines() or [type(error).__name__]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = reason.rstrip(" :.").removesuffix(" from one of")  # a list follows
         raise CheckpointError(
-            f"{where} holds no tokenizer that can be read: {reason[0]} Put its "
+            f"{where} holds no tokenizer that can be read: {reason}. Put its "
             "tokenizer.json and tokenizer_config.json beside the model."
         ) from error
 
@@ -117,8 +149,7 @@ def base_of(adapter: Path) -> str:
             return str(place)
     if is_hub_id(name):
         return name
-    # The embedded model, in the place where another machine has the library.
-    if Path(name).parts[-3:] == MODEL_DIR.parts[-3:]:
+    if Path(name).parts[-3:] == MODEL_DIR.parts[-3:]:  # wherever the library was
         return str(MODEL_DIR)
     raise CheckpointError(
         f"The base of {adapter}, {name}, is not here. Say where it is: a folder or a "

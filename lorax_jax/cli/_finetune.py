@@ -6,8 +6,10 @@ from typing import Any
 
 import click
 
-from ._program import Command, Failure
+from ._program import Command, Failure, interrupted_status
+from ._types import SEED, Number, Prompt
 
+TIES = ("shared", "lookup", "head")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -24,14 +26,25 @@ DTYPES = ("float32", "bfloat16", "float16")
     default=["all-linear"],
     help="Regex of whole parameter paths; may be repeated. [default: all-linear]",
 )
+@click.option(
+    "--exclude", multiple=True, help="Regex of paths to leave out; may be repeated."
+)
+@click.option(
+    "--tie",
+    type=click.Choice(TIES),
+    help="Which use of a table that is also the head to adapt.",
+)
 @click.option("--rank", type=click.IntRange(1), default=8, help="[default: 8]")
 @click.option(
-    "--alpha", type=float, default=16.0, help="Scales by alpha / rank. [default: 16]"
+    "--alpha",
+    type=Number(0, min_open=True),
+    default=16.0,
+    help="Scales by alpha / rank. [default: 16]",
 )
 @click.option("--rslora", is_flag=True, help="Scales by alpha / sqrt(rank).")
 @click.option(
     "--dropout",
-    type=click.FloatRange(0, 1, max_open=True),
+    type=Number(0, 1, max_open=True),
     default=0.0,
     help="Of the inputs of A. [default: 0]",
 )
@@ -54,16 +67,14 @@ DTYPES = ("float32", "bfloat16", "float16")
 @click.option("--pack", is_flag=True, help="Several documents in a row; see above.")
 @click.option(
     "--lr",
-    type=click.FloatRange(0, min_open=True),
+    type=Number(0, min_open=True),
     help="Learning rate. [default: 2e-4; embedded 5e-3]",
 )
 @click.option("--warmup", type=click.IntRange(0), help="Steps. [default: 5 %]")
-@click.option(
-    "--weight-decay", type=click.FloatRange(0), default=0.0, help="[default: 0]"
-)
+@click.option("--weight-decay", type=Number(0), default=0.0, help="[default: 0]")
 @click.option(
     "--heldout",
-    type=click.FloatRange(0, 1, max_open=True),
+    type=Number(0, 1, max_open=True),
     default=0.1,
     help="Share of the data to measure on. [default: 0.1]",
 )
@@ -71,13 +82,15 @@ DTYPES = ("float32", "bfloat16", "float16")
 @click.option(
     "--save-every", type=click.IntRange(1), default=100, help="Steps. [default: 100]"
 )
-@click.option("--seed", type=click.IntRange(0), default=0, help="[default: 0]")
+@click.option("--seed", type=SEED, default=0, help="[default: 0]")
 @click.option(
     "--dtype", type=click.Choice(DTYPES), help="Of the base. [default: as stored]"
 )
 @click.option("--scan-layers", is_flag=True, help="Stack layers: compiles faster.")
 @click.option("--remat", is_flag=True, help="Less memory, more time.")
-@click.option("--prompt", help="What to sample from. [default: held-out words]")
+@click.option(
+    "--prompt", type=Prompt(), help="What to sample from. [default: held-out words]"
+)
 @click.option(
     "--sample-tokens",
     type=click.IntRange(0),
@@ -96,7 +109,7 @@ def finetune(ctx: click.Context, **options: Any) -> None:
       lorax-jax finetune --model ./llama --data chat.jsonl --rank 16 --dtype bfloat16
       lorax-jax finetune --targets '.*/(q|v)_proj/kernel' --out small --export
       lorax-jax finetune --resume lorax-out
-          go on after Ctrl-C; all other options are as they were
+          go on after Ctrl-C or SIGTERM; all other options are as they were
 
     The data is plain text (.txt), or a JSON object a line (.jsonl) with "text", with
     "prompt" and "completion", or with "messages" of "role" and "content". Completions
@@ -108,11 +121,11 @@ def finetune(ctx: click.Context, **options: Any) -> None:
     loss.png, history.jsonl, run.json, and state/ to resume from. An existing folder is
     never written to without --overwrite.
     """
-    from . import _settings
-    from ._output import new_folder
+    from . import _output, _settings
+    from ._claim import claimed
     from ._training import Training
 
-    resume = options["resume"]
+    resume, export = options["resume"], options["export"]
     if resume is not None:
         settings = _settings.resumed(resume, ctx)
         out = options["out"] or resume
@@ -122,20 +135,29 @@ def finetune(ctx: click.Context, **options: Any) -> None:
             )
     else:
         settings = _settings.complete(options)
-        out = new_folder(
+        out = _output.new_folder(
             options["out"], usual="lorax-out", overwrite=options["overwrite"]
         )
-    training = Training.prepare(settings)
-    training.check_space(out, export=options["export"])
-    out.mkdir(parents=True, exist_ok=True)
-    if resume is None:
-        training.forget(out)
-        _settings.write(out, settings)
-    if not training.run(out, resume=resume is not None):
-        ctx.exit(130)
-    files = training.write(out)
-    if options["export"]:
-        files.append(training.export(out, overwrite=options["overwrite"]))
+    with claimed(out):
+        if resume is None:
+            inputs = {"base": settings["model"], "data": settings["data"]}
+            _output.check_replaceable(out, **inputs)
+        training = Training.prepare(settings)
+        training.check_output(out, export=export)
+        if resume is None:
+            _output.forget(out)
+            _settings.write(out, settings)
+        try:
+            finished = training.run(out, resume=resume is not None)
+        except BaseException:
+            if resume is None:
+                _output.forget_failed(out)
+            raise
+        if not finished:
+            ctx.exit(interrupted_status())
+        files = training.write(out)
+        if export:
+            files.append(training.export(out))
     for path in files:
         click.echo(f"wrote     {path}")
     one_line = "\n" not in training.rows.prompt

@@ -5,28 +5,29 @@ from pathlib import Path
 import click
 
 from ._program import Command
+from ._types import SEED, Number, Prompt
 
 
 @click.command(cls=Command)
 @click.option("--adapter", type=Path, help="Folder of an adapter; finds its base.")
 @click.option("--model", help="Folder or hub id. [default: the adapter's base]")
-@click.option("--prompt", required=True, help="What to go on from.")
+@click.option("--prompt", type=Prompt(), required=True, help="What to go on from.")
 @click.option("--chat", is_flag=True, help="The prompt is a user's message.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=64, show_default=True)
 @click.option(
     "--temperature",
-    type=click.FloatRange(0),
+    type=Number(0),
     default=0.7,
     show_default=True,
     help="0 takes the likeliest token.",
 )
 @click.option(
     "--top-p",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=Number(0, 1, min_open=True),
     default=0.95,
     show_default=True,
 )
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--seed", type=SEED, default=0, show_default=True)
 def generate(
     adapter: Path | None,
     model: str | None,
@@ -74,5 +75,6 @@ def generate(
         top_p=top_p,
         seed=seed,
         positions=base.positions,
+        window=base.window,
     )
     click.echo(prompt + text)

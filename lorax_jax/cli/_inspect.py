@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from ._program import Command, Failure
+from ._types import Number
 
 
 @click.command(cls=Command)
@@ -17,10 +18,16 @@ from ._program import Command, Failure
     default=["all-linear"],
     help="For a model: regex of whole paths; may be repeated. [default: all-linear]",
 )
+@click.option("--exclude", multiple=True, help="Regex of paths to leave out.")
 @click.option("--rank", type=click.IntRange(1), default=8, show_default=True)
-@click.option("--alpha", type=float, default=16.0, show_default=True)
+@click.option("--alpha", type=Number(0, min_open=True), default=16.0, show_default=True)
 def inspect(
-    path: Path, base: str | None, targets: tuple[str, ...], rank: int, alpha: float
+    path: Path,
+    base: str | None,
+    targets: tuple[str, ...],
+    exclude: tuple[str, ...],
+    rank: int,
+    alpha: float,
 ) -> None:
     """Show what an adapter holds, or what targets would adapt in a model.
 
@@ -33,10 +40,13 @@ def inspect(
 
     No weights of a model are read, only its config.json.
     """
+    from .._config import LoraConfig
+
     if (path / "adapter_config.json").exists():
         _adapter(path, base)
     elif (path / "config.json").exists():
-        _model(path, list(targets), rank, alpha)
+        config = LoraConfig(targets=targets, exclude=exclude, rank=rank, alpha=alpha)
+        _model(path, config)
     elif path.is_dir():
         found = sorted(entry.name for entry in path.iterdir())[:8]
         raise Failure(
@@ -47,16 +57,14 @@ def inspect(
         raise Failure(f"{path} is no folder.")
 
 
-def _model(path: Path, targets: list[str], rank: int, alpha: float) -> None:
+def _model(path: Path, config: Any) -> None:
     import jax
     import jax.numpy as jnp
 
-    from .._config import LoraConfig
     from ..planning import plan
 
     model = _abstract(str(path))
     ids = jax.ShapeDtypeStruct((1, 16), jnp.int32)
-    config = LoraConfig(targets=targets, rank=rank, alpha=alpha)
     click.echo(plan(config, model.abstract(), fn=model.apply, args=(ids,)))
 
 

@@ -1,20 +1,38 @@
 """How every command ends: its exit status, and what it says when something is wrong.
 
 0: done. 2: the input is wrong; one message on the standard error, no traceback, unless
-`--debug` asks for it. 130: Ctrl-C; the message says what is saved. A bug of ours keeps
-its traceback.
+`--debug` asks for it. 130: Ctrl-C; the message says what is saved. 143: the same by
+SIGTERM, as schedulers send it. A bug of ours keeps its traceback.
 """
 
+import contextlib
 import errno
+import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 
 from .._errors import LoraxError
+from ._advice import in_options
 
-_SAVED = f"{__name__}.saved"
+_FULL = {
+    errno.ENOSPC: "The disk is full.",
+    errno.EDQUOT: "Your share of the disk is full.",
+    errno.EFBIG: "A file would be larger than it may be; see `ulimit -f`.",
+}
+
+_SMALLER = {
+    "finetune": "Lower --batch (--accumulate makes up for it) or --length, or give "
+    "--remat.",
+    "generate": "Lower --max-new-tokens, or give a shorter prompt.",
+}
+
+_SAVED, _STATUS = f"{__name__}.saved", f"{__name__}.status"
 
 
 class Failure(click.ClickException):
@@ -44,10 +62,15 @@ class Program(click.Group):
     ) -> Any:
         del standalone_mode  # click's own would end with other messages and statuses
         prog_name = prog_name or self.name
+        # Its retries fill the screen; what comes of them is said once.
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")
         try:
             status = super().main(args, prog_name, complete_var, False, **kwargs)
         except click.Abort:  # Ctrl-C before any command was running
             sys.exit(130)
+        except click.exceptions.NoArgsIsHelpError as error:
+            click.echo(error.format_message(), err=True)
+            sys.exit(2)
         except click.ClickException as error:
             where = getattr(error, "ctx", None)
             name = where.command_path if where else self.name
@@ -67,10 +90,11 @@ class Command(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         debug = ctx.params.pop("debug")
         try:
-            return super().invoke(ctx)
+            with _termination(ctx):
+                return super().invoke(ctx)
         except KeyboardInterrupt:
             click.echo(f"\nInterrupted. {_what_is_saved(ctx)}", err=True)
-            ctx.exit(130)
+            ctx.exit(interrupted_status())
         except Failure as error:
             error.ctx = ctx
             raise
@@ -81,6 +105,38 @@ class Command(click.Command):
             failure = Failure(message)
             failure.ctx = ctx
             raise failure from error
+
+
+@contextlib.contextmanager
+def _termination(ctx: click.Context) -> Iterator[None]:
+    """Inside, SIGTERM does what Ctrl-C does, and is remembered for the exit status."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # no other thread may set handlers
+        return
+
+    def handle(signum: int, frame: Any) -> None:
+        ctx.meta[_STATUS] = 128 + signum
+        on_interrupt = signal.getsignal(signal.SIGINT)
+        if callable(on_interrupt):
+            on_interrupt(signal.SIGINT, frame)
+        else:  # in the background of a shell script Ctrl-C is ignored
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def interrupted_status() -> int:
+    """The exit status of a command that was interrupted."""
+    return click.get_current_context().meta.get(_STATUS, 128 + signal.SIGINT)
+
+
+def warn(message: str) -> None:
+    """Says on the standard error what works, but may not be what was meant."""
+    click.echo(f"warning   {message}", err=True)
 
 
 def note_saved(path: Path) -> None:
@@ -98,10 +154,13 @@ def _what_is_saved(ctx: click.Context) -> str:
 def _message(error: Exception, ctx: click.Context) -> str | None:
     """What to say about an error; `None` if it is a bug of ours."""
     if isinstance(error, LoraxError):
-        return str(error)
-    full = "No space left on device"  # storage libraries pass it on in types of theirs
-    if getattr(error, "errno", None) == errno.ENOSPC or full in str(error):
-        return f"The disk is full. {_what_is_saved(ctx)}"
+        return in_options(str(error))
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        advice = _SMALLER.get(str(ctx.command.name), "Free some of it.")
+        return f"Out of memory. {advice} {_what_is_saved(ctx)}"
+    for number, text in _FULL.items():  # storage libraries have error types of theirs
+        if getattr(error, "errno", None) == number or os.strerror(number) in str(error):
+            return f"{text} {_what_is_saved(ctx)}"
     if isinstance(error, BrokenPipeError):
         return None  # nobody reads on; click ends the process quietly
     if isinstance(error, OSError) and error.strerror:

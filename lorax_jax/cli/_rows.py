@@ -8,7 +8,7 @@ import numpy as np
 
 from .. import train
 from ._base import Base
-from ._program import Failure
+from ._program import Failure, warn
 
 PROMPT_WORDS = 4
 
@@ -42,6 +42,11 @@ def read_rows(
             f"--length {length} exceeds the {base.positions} positions that the model "
             "has learned. Lower it."
         )
+    if base.window is not None and length > base.window:
+        warn(
+            f"--length {length} exceeds the {base.window} positions that the model was "
+            "trained on; it may do badly on the rest of a row."
+        )
     kept, held = train.split(records, share=settings["heldout"], seed=settings["seed"])
     documents = train.tokenize(kept, base.tokenizer)
     whole = len(records) == 1 and isinstance(records[0], train.Text)
@@ -59,18 +64,31 @@ def read_rows(
         measured = train.windows(others, length=length, pad_id=pad)
         heldout = train.Heldout(measured, train.total_bytes(others))
     _check_vocabulary([*documents, *others], base)
-    what = "one text" if whole else f"{len(documents):,} documents"
+    what = "one text" if whole else _plural(len(documents), "document")
     cut = sum(len(document) > length + 1 for document in documents)
     if cut and not whole:
-        what += f" ({cut:,} of them longer than a row, and cut)"
+        what += f" ({cut:,} longer than a row, and cut)"
+    learned = int((rows.weights > 0).sum())
     click.echo(
         f"data      {Path(settings['data']).name}: {what}, "
-        f"{sum(map(len, documents)):,} tokens in {rows.rows:,} rows of "
-        f"{rows.weights.shape[1]} to train on; "
-        f"{heldout.windows.rows if heldout else 0:,} rows held out"
+        f"{_plural(learned, 'token')} to learn in {_plural(rows.rows, 'row')} of "
+        f"{rows.weights.shape[1]}; "
+        f"{_plural(heldout.windows.rows if heldout else 0, 'row')} held out"
     )
+    lost = sum(
+        not (document.weights[1 : length + 1] > 0).any() for document in documents
+    )
+    if lost:
+        warn(
+            f"{_plural(lost, 'document')} with a prompt longer than a row: "
+            "what follows it is learned without its beginning. Raise --length."
+        )
     first = (held or kept)[0], (others or documents)[0]
     return Rows(rows, heldout, settings["prompt"] or _prompt(*first, base))
+
+
+def _plural(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 def _check_vocabulary(documents: list[train.Document], base: Base) -> None:

@@ -46,8 +46,11 @@ def complete(options: dict[str, Any]) -> dict[str, Any]:
 
         settings["data"] = ADAPT_TEXT
     settings["data"] = str(Path(settings["data"]).absolute())
+    # Whether an adapter names its base as seen from itself; see `_base.reference`.
+    settings["relative"] = not Path(settings["model"] or "/").is_absolute()
     settings["model"] = located(settings["model"])
-    settings["targets"] = list(settings["targets"])
+    for name in ("targets", "exclude"):
+        settings[name] = list(settings[name])
     return settings
 
 
@@ -58,6 +61,19 @@ def write(folder: Path, settings: dict[str, Any]) -> None:
     (folder / FILE).write_text(text, encoding="utf-8")
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a run has kept its settings in `folder`."""
+    return _read(folder) is not None
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], str | None] | None:
+    try:
+        settings = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        return settings, settings.pop("data_sha256")
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return None
+
+
 def resumed(folder: Path, ctx: click.Context) -> dict[str, Any]:
     """The settings of the run in `folder`.
 
@@ -65,14 +81,13 @@ def resumed(folder: Path, ctx: click.Context) -> dict[str, Any]:
         Failure: if there is none, its data has changed since, or an option on the
             command line contradicts it.
     """
-    try:
-        settings = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        checksum = settings.pop("data_sha256")
-    except (OSError, ValueError, KeyError, AttributeError):
+    kept = _read(folder)
+    if kept is None:
         raise Failure(
             f"{folder} is not the folder of a run: it has no {FILE} that can be read. "
             "Give --resume the folder that an interrupted `lorax-jax finetune` named."
-        ) from None
+        )
+    settings, checksum = kept
     given = complete(dict(ctx.params))
     for name, value in settings.items():
         if ctx.get_parameter_source(name) is not ParameterSource.COMMANDLINE:

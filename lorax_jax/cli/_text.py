@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ._program import Failure
+from ._program import Failure, warn
 
 
 def continue_text(
@@ -19,6 +19,7 @@ def continue_text(
     top_p: float = 1.0,
     seed: int = 0,
     positions: int | None = None,
+    window: int | None = None,
 ) -> str:
     """What a model makes of a prompt, without the prompt.
 
@@ -32,6 +33,7 @@ def continue_text(
         top_p: see `models.generate`.
         seed: of the sampling.
         positions: how many the model has learned, if it learned them.
+        window: how many it was trained on; more are worth a warning.
 
     Raises:
         Failure: if the prompt has no token, or there are too few positions.
@@ -48,6 +50,11 @@ def continue_text(
         raise Failure(
             f"The prompt has {len(ids)} tokens and {max_new_tokens} are to follow, but "
             f"the model has learned {positions} positions. Ask for fewer new tokens."
+        )
+    if window is not None and total > window:
+        warn(
+            f"The prompt has {len(ids)} tokens and {max_new_tokens} are to follow; the "
+            f"model was trained on {window} positions, and may do badly beyond."
         )
     found, _ = models.generate(
         apply,

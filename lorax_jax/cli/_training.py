@@ -1,6 +1,6 @@
 """What `lorax-jax finetune` does, step by step."""
 
-import shutil
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from tqdm import tqdm
 from .. import _count, checkpoint, planning, train, transform
 from .._config import LoraConfig
 from ..adapters import bind
-from ._base import Base, folder_of, load_base
+from ._base import Base, folder_of, load_base, reference
 from ._output import check_space
 from ._program import note_saved
 from ._rows import Rows, read_rows
@@ -68,6 +68,8 @@ class Training:
         ids = jax.ShapeDtypeStruct((1, rows.data.weights.shape[1]), jnp.int32)
         config = LoraConfig(
             targets=settings["targets"],
+            exclude=settings["exclude"],
+            tie=settings["tie"],
             rank=settings["rank"],
             alpha=settings["alpha"],
             rslora=settings["rslora"],
@@ -78,19 +80,21 @@ class Training:
         click.echo(f"\n{plan}\n")
         return cls(settings, base, rows, plan)
 
-    def check_space(self, out: Path, *, export: bool) -> None:
-        """Raises if the disk has no room for what the run will write."""
+    def check_output(self, out: Path, *, export: bool) -> None:
+        """Raises if what the run will write has no place, or no room."""
         memory = self.plan.memory()
         # The adapter, and for a moment two states of adapter and optimizer.
-        needed = memory.adapter + 2 * (memory.adapter + memory.optimizer)
-        check_space(out, needed + (memory.base if export else 0))
-
-    def forget(self, out: Path) -> None:
-        """Removes the state of an earlier run, from which this one must not resume."""
-        shutil.rmtree(out / "state", ignore_errors=True)
+        state = memory.adapter + memory.optimizer
+        merged = 0
+        if export:
+            base = folder_of(self.base.where)
+            merged = checkpoint.check_export(base, out / "merged")
+            # A table that is adapted in one use gives the head a tensor of its own.
+            merged += sum(4 * math.prod(site.shape) for site in self.plan if site.use)
+        check_space(out, memory.adapter + 2 * state + merged, max(state, merged))
 
     def run(self, out: Path, *, resume: bool) -> bool:
-        """Trains, and prints measurements and samples. False after Ctrl-C."""
+        """Trains, and prints measurements and samples. False if interrupted."""
         settings = self.settings
         steps = settings["steps"]
         click.echo(_count.count(self.base.params, self.adapter))
@@ -127,41 +131,39 @@ class Training:
                 err=True,
             )
             return False
-        click.echo(
-            f"speed     {run.tokens_per_second:,.0f} tokens/s, after "
-            f"{run.compile_seconds:.1f} s for the first step, which is compiled"
-        )
+        if run.tokens_per_second:  # a resumed run may have had no step left to make
+            click.echo(
+                f"speed     {run.tokens_per_second:,.0f} tokens/s, after "
+                f"{run.compile_seconds:.1f} s for the first step, which is compiled"
+            )
         self._compare()
         self._sample("after", 1.0)
         return True
 
     def write(self, out: Path) -> list[Path]:
         """Writes the adapter, the history and the loss curve."""
-        base = self.base
+        base, folder = self.base, out / "adapter"
+        named = reference(base.where, folder, relative=self.settings["relative"])
         checkpoint.save_adapter(
-            out / "adapter",
+            folder,
             self.adapter,
             plan=self.plan,
             names=base.model.names,
             params=base.params,
-            base_model_name_or_path=base.where,
+            base_model_name_or_path=named,
             task_type="CAUSAL_LM",
             tokenizer=base.tokenizer,
         )
-        note_saved(out / "adapter")
+        note_saved(folder)
         train.write_history(out / "history.jsonl", self.history)
         title = f"{base.name} on {Path(self.settings['data']).name}"
         train.plot_history(self.history, out / "loss.png", title=title)
-        return [out / "adapter", out / "history.jsonl", out / "loss.png"]
+        return [folder, out / "history.jsonl", out / "loss.png"]
 
-    def export(self, out: Path, *, overwrite: bool) -> Path:
+    def export(self, out: Path) -> Path:
         """Writes the merged model."""
-        checkpoint.export_merged(
-            folder_of(self.base.where),
-            out / "adapter",
-            out / "merged",
-            overwrite=overwrite,
-        )
+        base = folder_of(self.base.where)
+        checkpoint.export_merged(base, out / "adapter", out / "merged")
         return out / "merged"
 
     def _compare(self) -> None:
@@ -187,6 +189,7 @@ class Training:
             temperature=0.7,
             top_p=0.95,
             positions=self.base.positions,
+            window=self.base.window,
         )
         first, *more = (self.rows.prompt + text).strip().splitlines()
         lines = [f"{when:9} {first}", *(f"{'':9} {line}".rstrip() for line in more)]

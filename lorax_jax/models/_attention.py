@@ -103,6 +103,10 @@ def attend(
         query, key, value = (
             jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (query, key, value)
         )
+    dtype = query.dtype
+    if dtype == jnp.float16 and jax.default_backend() == "cpu":
+        # No CPU program sums products of float16 in float32, as the softmax wants them.
+        query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
     # JAX's own code asks what bfloat16 and float32 promote to, which the strict setting
     # refuses to say (JAX 0.12); nothing of ours is promoted here.
     with jax.numpy_dtype_promotion("standard"):
@@ -116,7 +120,7 @@ def attend(
             local_window_size=None if sight.window is None else (sight.window - 1, 0),
             implementation=backend,
         )
-    return out if out.shape[1] == seq else out[:, :seq]
+    return (out if out.shape[1] == seq else out[:, :seq]).astype(dtype)
 
 
 def _flash_applies(

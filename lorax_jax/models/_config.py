@@ -14,6 +14,7 @@ from typing import Any
 from .._errors import ConfigError
 from ._activations import checked_activation
 from ._bert_config import BertConfig, read_bert
+from ._numbers import check_heads, check_numbers
 from ._rope import Rope, rope_from_hf
 
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
@@ -134,6 +135,7 @@ def config_from_hf(hf_config: Any) -> LlamaConfig | Gpt2Config | BertConfig:
         (2, 768)
     """
     given, defaults = _attributes(hf_config)
+    check_numbers(given)
     family = given["model_type"]
     read = {"gpt2": _gpt2, "bert": read_bert}.get(family, _llama)
     config, handled = read(family, given)
@@ -169,16 +171,28 @@ def _attributes(hf_config: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     # the round trip below loses nothing; it brings old spellings (`rope_theta`,
     # `rope_scaling`) into today's form and fills in the defaults.
     hf_class = config_class(family)
-    return hf_class(**given).to_dict(), hf_class().to_dict()
+    check_numbers(given)
+    names = ("hidden_size", "num_attention_heads")
+    derived = given.get("head_dim") is None and family != "qwen3"  # which has a default
+    if derived and all(name in given for name in names):
+        check_heads(given[names[0]], given[names[1]], names)
+    try:
+        return hf_class(**given).to_dict(), hf_class().to_dict()
+    except Exception as error:  # `transformers` checks some attributes, in many ways
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(
+            f"`transformers` makes no {family} config of it: {reason:.200}"
+        ) from error
 
 
 def _llama(family: str, given: dict[str, Any]) -> tuple[LlamaConfig, set[str]]:
     act = checked_activation("hidden_act", given["hidden_act"])
     heads, kv_heads = given["num_attention_heads"], given["num_key_value_heads"]
-    if heads % kv_heads:
+    check_heads(heads, kv_heads, ("num_attention_heads", "num_key_value_heads"))
+    head_dim = given.get("head_dim") or given["hidden_size"] // heads
+    if head_dim % 2:
         raise ConfigError(
-            f"`num_attention_heads` = {heads} is not a multiple of "
-            f"`num_key_value_heads` = {kv_heads}."
+            f"`head_dim` = {head_dim} is odd; rotary positions turn pairs of numbers."
         )
     attention_bias = bool(given.get("attention_bias", False))
     config = LlamaConfig(
@@ -189,7 +203,7 @@ def _llama(family: str, given: dict[str, Any]) -> tuple[LlamaConfig, set[str]]:
         num_hidden_layers=given["num_hidden_layers"],
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
-        head_dim=given.get("head_dim") or given["hidden_size"] // heads,
+        head_dim=head_dim,
         hidden_act=act,
         rms_norm_eps=given["rms_norm_eps"],
         initializer_range=given["initializer_range"],
@@ -247,10 +261,7 @@ def _mixed_layers(layer_types: list[str]) -> ConfigError:
 
 def _gpt2(family: str, given: dict[str, Any]) -> tuple[Gpt2Config, set[str]]:
     width, heads = given["n_embd"], given["n_head"]
-    if width % heads:
-        raise ConfigError(
-            f"`n_embd` = {width} is not a multiple of `n_head` = {heads}."
-        )
+    check_heads(width, heads, ("n_embd", "n_head"))
     config = Gpt2Config(
         vocab_size=given["vocab_size"],
         n_positions=given["n_positions"],

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from .._errors import ConfigError
+from ._numbers import check_numbers
 
 Tables = tuple[Float[Array, "rows seq 1 half"], Float[Array, "rows seq 1 half"]]
 
@@ -84,6 +85,13 @@ def rope_from_hf(parameters: Mapping[str, Any]) -> Rope:
     missing = sorted((_KEYS[kind] | {"rope_theta"}) - parameters.keys())
     if missing:
         raise ConfigError(f"`rope_parameters` of type {kind!r} lacks {missing}.")
+    check_numbers(parameters)
+    low = parameters.get("low_freq_factor", 0.0)
+    high = parameters.get("high_freq_factor", 1.0)
+    if not low < high:
+        raise ConfigError(
+            f"`low_freq_factor` = {low} is not below `high_freq_factor` = {high}."
+        )
     return Rope(
         theta=float(parameters["rope_theta"]),
         kind=kind,

@@ -49,7 +49,7 @@ def table(plan: "Plan") -> str:
     share = 100 * plan.trainable / plan.total
     lines.append(
         f"{len(plan)} sites, {plan.trainable:,} trainable of {plan.total:,} values "
-        f"({share:.4f} %); {plan.memory()}"
+        f"({share:.4f} %); {plan.memory()} before activations"
     )
     return "\n".join(lines)
 

@@ -28,6 +28,9 @@ from ._step import State as State
 from ._step import make_score as make_score
 from ._step import make_step as make_step
 from ._step import start as start
+from ._state import foreign_states as foreign_states
+from ._state import holds_nothing as holds_nothing
+from ._state import remove_states as remove_states
 from ._state import restore_state as restore_state
 from ._state import save_state as save_state
 from ._state import saved_steps as saved_steps

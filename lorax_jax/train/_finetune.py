@@ -1,5 +1,6 @@
 """`finetune`: the thin loop around the training step."""
 
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from tqdm import tqdm
 
 from ..adapters import Adapter
 from ._errors import TrainingError
+from ._finite import diverged
 from ._history import History
 from ._interrupt import deferred_interrupt
 from ._loss import bits_per_byte
@@ -92,7 +94,7 @@ def finetune(
             end and at Ctrl-C; `None` saves nothing.
         save_every: `None` saves at the end and at Ctrl-C only.
         resume: go on from the state in `folder`. The result is bit for bit that of a
-            run that was never stopped.
+            run that was never stopped; one that has made all its steps makes no more.
         progress: show a bar on the standard error.
         report: called with each measurement as it is made; see `evaluate`.
 
@@ -100,8 +102,8 @@ def finetune(
         A `Run`.
 
     Raises:
-        TrainingError: if the loss is not a number any more, there is no step to make,
-            or the state in `folder` is another run's.
+        TrainingError: if the loss or its gradient is not a number any more, there is no
+            step to make, or the state in `folder` is another run's.
 
     Example:
         >>> import jax.numpy as jnp, lorax_jax as lj
@@ -129,10 +131,10 @@ def finetune(
     if resume and folder is not None:
         state, fixed, history = restore_state(folder, state, fixed)
     done = int(state.step)
-    if done >= steps:
+    if done > steps:
         raise TrainingError(
-            f"The run in {folder} has made its {done} steps; there is nothing to "
-            "resume. Start another from its adapter."
+            f"The run in {folder} has made {done} steps, more than `steps` = {steps}. "
+            "Start another from its adapter."
         )
     step, score = make_step(apply, tx), make_score(apply)
 
@@ -140,7 +142,11 @@ def finetune(
         if heldout is not None:
             now = Adapter(state.train, fixed)
             found = evaluate(score, weight, now, params, heldout, batch=batch)
-            history.append({"step": int(state.step), **found})
+            loss, made = found["heldout_loss"], int(state.step)
+            if not math.isfinite(loss):
+                what = f"The held-out loss after {made} steps"
+                raise diverged(what, loss, made, params)
+            history.append({"step": made, **found})
             if report is not None:
                 report(history[-1])
 
@@ -150,8 +156,8 @@ def finetune(
 
     if not resume:
         measure(0.0)
-    meter, number = Meter(history), done
-    with deferred_interrupt() as asked, _bar(done, steps, progress) as bar:
+    meter, number = Meter(history, params), done
+    with deferred_interrupt() as interrupt, _bar(done, steps, progress) as bar:
         for number in range(done + 1, steps + 1):
             rows = batch_at(data, number - 1, size=batch * accumulate, seed=seed)
             parts = Windows(*(x.reshape(accumulate, batch, -1) for x in rows))
@@ -160,13 +166,14 @@ def finetune(
             meter.after(number, metrics, parts.weights.size)
             bar.set_postfix_str(_progress(history, meter), refresh=False)
             bar.update()
-            stop = asked() or number == steps
+            stop = interrupt.asked or number == steps
             if stop or _due(number, eval_every) or _due(number, save_every):
                 meter.pause()
                 if number == steps or _due(number, eval_every):
                     measure(1.0)
                 if stop or _due(number, save_every):
-                    save()
+                    with interrupt.shielded():
+                        save()
             if stop:
                 break
     return Run(

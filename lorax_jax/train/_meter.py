@@ -2,8 +2,9 @@
 
 import math
 import time
+from typing import Any
 
-from ._errors import TrainingError
+from ._finite import diverged
 from ._history import History
 from ._step import Metrics
 
@@ -16,10 +17,12 @@ class Meter:
 
     Args:
         history: gets a line for each step.
+        params: the base, to look for the cause where a loss is no number.
     """
 
-    def __init__(self, history: History):
+    def __init__(self, history: History, params: Any = None):
         self.history = history
+        self._params = params
         self.compile_seconds = 0.0
         self._compiled = False
         self._waiting: tuple[int, Metrics, int] | None = None
@@ -63,8 +66,8 @@ class Meter:
         else:
             self._compiled, self.compile_seconds = True, took
         if not math.isfinite(loss):
-            raise TrainingError(
-                f"The loss of step {number} is {loss}. Lower the learning rate, or "
-                "train in float32."
-            )
+            raise diverged(f"The loss of step {number}", loss, number - 1, self._params)
+        if not math.isfinite(norm):
+            what = f"The gradient's norm in step {number}"
+            raise diverged(what, norm, number - 1, self._params)
         self.history.append({"step": number, "loss": loss, "grad_norm": norm})

@@ -1,5 +1,6 @@
 """`read_records`: what a data file holds, before any tokenizer has seen it."""
 
+import codecs
 import dataclasses
 import json
 import os
@@ -10,6 +11,7 @@ from .._errors import closest
 from ._errors import DataError
 
 SUFFIXES = (".txt", ".jsonl")
+ROLES = ("system", "user", "assistant", "tool", "developer")
 SHAPES = (("text",), ("prompt", "completion"), ("messages",))
 
 
@@ -47,8 +49,8 @@ def read_records(path: str | os.PathLike) -> list[Record]:
     - `.txt`: one plain text.
     - `.jsonl`: a JSON object a line, each with `"text"`, with `"prompt"` and
       `"completion"`, or with `"messages"`, a list of `{"role": ..., "content": ...}`.
-      Blank lines are skipped. A field beside these is refused, as it would have no
-      effect.
+      Roles are system, user, assistant, tool and developer. Blank lines are skipped.
+      A field beside these is refused, as it would have no effect.
 
     Args:
         path: the file, UTF-8.
@@ -87,6 +89,11 @@ def _read(path: Path) -> str:
         raise DataError(f"{path} does not exist.") from None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}.") from None
+    if raw[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        raise DataError(
+            f"{path} is UTF-16, and UTF-8 is meant. Convert the file, e.g. with `iconv "
+            "-f utf-16 -t utf-8`."
+        )
     try:
         text = raw.decode("utf-8-sig")  # some editors begin a file with a mark
     except UnicodeDecodeError as error:
@@ -109,6 +116,9 @@ def _record(line: str, where: str) -> Record:
         ) from None
     except RecursionError:
         raise DataError(f"{where}: JSON nested too deeply.") from None
+    except ValueError as error:  # a number of more digits than Python reads
+        reason = str(error).split(";")[0]
+        raise DataError(f"{where}: no JSON that can be read: {reason}.") from None
     if not isinstance(fields, dict):
         raise DataError(
             f"{where}: a {type(fields).__name__}, where an object such as "
@@ -159,6 +169,11 @@ def _messages(found: Any, where: str) -> tuple[tuple[str, str], ...]:
                 "else."
             )
         role = _string(message, "role", inside)
+        if role not in ROLES:
+            raise DataError(
+                f"{inside}: unknown role {role!r}; one of {', '.join(ROLES)} is meant. "
+                "Only what the assistant says is learned."
+            )
         messages.append((role, _string(message, "content", inside, empty=True)))
     if not any(role == "assistant" and content for role, content in messages):
         raise DataError(

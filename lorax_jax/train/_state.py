@@ -6,6 +6,7 @@ shapes and dtypes, which is compared before anything is restored.
 """
 
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from .._errors import listing
 from ._errors import TrainingError
 from ._step import State
 
+_UNFINISHED = "*.orbax-checkpoint-tmp*"  # Orbax's name for a state in the making
 _ARRAYS, _ABOUT = "arrays", "about"
 
 
@@ -119,10 +121,38 @@ def restore_state(
 
 def saved_steps(folder: str | os.PathLike) -> list[int]:
     """The steps that states are saved of, in order."""
+    return sorted(int(path.name) for path in _numbered(folder) if _is_state(path))
+
+
+def foreign_states(folder: str | os.PathLike) -> list[Path]:
+    """What lies where a state would, and is none."""
+    return sorted(path for path in _numbered(folder) if not _is_state(path))
+
+
+def holds_nothing(folder: str | os.PathLike) -> bool:
+    """Whether there is no state, and nothing else but what Orbax had begun to write."""
+    unfinished = {*Path(folder).glob(_UNFINISHED)}
+    return all(path in unfinished for path in Path(folder).glob("*"))
+
+
+def remove_states(folder: str | os.PathLike) -> None:
+    """Removes every state, and what Orbax had written of one; nothing else."""
+    states = [path for path in _numbered(folder) if _is_state(path)]
+    for path in (*states, *Path(folder).glob(_UNFINISHED)):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+
+
+def _numbered(folder: str | os.PathLike) -> list[Path]:
     folder = Path(folder)
-    if not folder.is_dir():
-        return []
-    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
+    found = folder.iterdir() if folder.is_dir() else ()
+    return [path for path in found if re.fullmatch(r"[0-9]{8,}", path.name)]
+
+
+def _is_state(path: Path) -> bool:
+    """Whether a folder holds the two parts that `save_state` writes."""
+    parts = (path / _ARRAYS, path / _ABOUT)
+    return not path.is_symlink() and all(part.is_dir() for part in parts)
 
 
 def _whole(state: State, fixed: dict[str, Any]) -> dict[str, Any]:

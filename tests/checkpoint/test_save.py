@@ -386,6 +386,20 @@ def test_a_shared_table_that_the_names_do_not_know(make, table_rule, tmp_path):
     made.save(tmp_path, names=NameMap(made.names, tied="embed_tokens/embedding"))
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_factors_that_are_not_finite(make, tmp_path, dtype, value):
+    """Loading would refuse them, so saving does."""
+    made = make("llama")
+    train = jax.tree.map(lambda x: x.astype(dtype), made.adapter.train)
+    name = next(iter(train))
+    train[name]["a"] = train[name]["a"].at[0].set(value)
+    adapter = lj.Adapter(train, made.adapter.fixed)
+    with pytest.raises(AdapterError, match="hold NaN or infinity, and no file"):
+        lj.save_adapter(tmp_path / "a", adapter, plan=made.plan)
+    assert not (tmp_path / "a").exists()
+
+
 def test_a_dtype_that_files_do_not_have(make, tmp_path):
     made = make("llama")
     train = jax.tree.map(lambda x: x.astype(jnp.float8_e4m3fn), made.adapter.train)

@@ -3,14 +3,19 @@
 import collections
 import errno
 import json
+import os
 import re
 import shutil
 
+import jax
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from tiny_folder import BERT, GPT2, write_model
 
 from lorax_jax import checkpoint
 from lorax_jax._errors import PlanError
+from lorax_jax.cli import _training
 
 GOOD = '{"text": "The cat sat on the mat and slept all day."}\n'
 
@@ -37,6 +42,14 @@ def all_broken(tmp_path_factory, tiny_model):
     write_model(here / "small", vocab_size=100)
     write_model(here / "gpt2", GPT2)
     write_model(here / "bert", BERT)
+    shutil.copytree(tiny_model, here / "nan")
+    tensors = load_file(tiny_model / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * np.float32("nan")
+    save_file(tensors, here / "nan" / "model.safetensors", {"format": "pt"})
+    shutil.copytree(tiny_model, here / "heads")
+    config = json.loads((tiny_model / "config.json").read_text())
+    config["num_attention_heads"] = "six"
+    (here / "heads" / "config.json").write_text(json.dumps(config))
     return here
 
 
@@ -63,14 +76,32 @@ FINETUNE = [
     ({"model": "taken"}, r"taken is a file; a checkpoint is a folder"),
     ({"model": "no where"}, r"'no where' is neither a folder nor a hub id"),
     ({"model": "nobody/nothing"}, r"downloading it from the hub failed"),
-    ({"model": "mute"}, r"mute holds no tokenizer that can be read"),
+    (
+        {"model": "mute"},
+        r"mute holds no tokenizer that can be read: .*\w\. Put its tokenizer\.json",
+    ),
     ({"model": "torn"}, r"torn/model\.safetensors is not a readable safetensors"),
     ({"model": "small"}, r"makes token \d+, and the model's table has 100 rows"),
     ({"model": "gpt2", "length": 64}, r"--length 64 exceeds the 32 positions"),
-    ({"rank": 1000}, r"`rank` = 1000 exceeds \d+, the rank that"),
-    ({"init": "psisa"}, r"`init` = 'psisa' is no initializer\. Known: "),
-    ({"targets": "("}, r"`targets` holds '\(', which is not a regex"),
-    ({"warmup": 9}, r"`warmup` = 9 steps do not fit into `steps` = 4"),
+    (
+        {"model": "nan"},
+        r"held-out loss after 0 steps is nan\. The base holds NaN or in",
+    ),
+    ({"model": "heads"}, r"`num_attention_heads` = 'six'; a whole number from 1"),
+    (
+        {"rank": 1000},
+        r"--rank 1000 exceeds \d+, the rank that '(.*)' of .* "
+        r"Give --rank \d+, or leave it out with --exclude '\1'\.$",
+    ),
+    (
+        {"targets": "embed_tokens/.*"},
+        r"Choose what the adapter changes: --tie shared \(.*\), --tie lookup \(.*\), "
+        r"--tie head \(the product alone\), or leave it out with --exclude\.$",
+    ),
+    ({"init": "psisa"}, r"--init 'psisa' is no initializer\. Known: "),
+    ({"targets": "("}, r"--targets holds '\(', which is not a regex"),
+    ({"exclude": "("}, r"--exclude holds '\(', which is not a regex"),
+    ({"warmup": 9}, r"--warmup 9 steps do not fit into --steps 4"),
     ({"out": "taken"}, r"taken is a file; a folder is meant\. Nothing was changed"),
     ({"out": "folder"}, r"folder is not empty\. Choose another folder"),
     ({"rank": 0}, r"Invalid value for '--rank': 0 is not in the range"),
@@ -79,6 +110,17 @@ FINETUNE = [
     ({"dropout": 1}, r"Invalid value for '--dropout': 1\.0 is not in the range"),
     ({"lr": 0}, r"Invalid value for '--lr': 0\.0 is not in the range"),
     ({"heldout": -1}, r"Invalid value for '--heldout': -1\.0 is not in the range"),
+    ({"lr": "nan"}, r"Invalid value for '--lr': nan is not a number that can be used"),
+    ({"lr": "inf"}, r"Invalid value for '--lr': inf is not a number that can be used"),
+    ({"weight-decay": "nan"}, r"Invalid value for '--weight-decay': nan is not a numb"),
+    ({"dropout": "nan"}, r"Invalid value for '--dropout': nan is not a number"),
+    ({"alpha": 0}, r"Invalid value for '--alpha': 0\.0 is not in the range x>0"),
+    ({"alpha": "1e38"}, r"Invalid value for '--alpha': 1e38 is not a number"),
+    ({"seed": 2**32}, r"Invalid value for '--seed': 4294967296 is not in the range"),
+    (
+        {"prompt": "caf\udce9"},
+        r"Invalid value for '--prompt': it holds bytes that are n",
+    ),
     ({"speed": "high"}, r"No such option.* '?--speed"),
 ]
 
@@ -104,7 +146,7 @@ def assert_one_message(result, message, lines=1):
 def test_an_unknown_target_shows_the_closest(finetune, here):
     result = finetune(targets="self_attn/q_proj")
     message = (
-        r"`targets` matched no parameter\.\n"
+        r"--targets matched no parameter\.\n"
         r"  pattern  self_attn/q_proj .*\n"
         r"  closest  layers/0/self_attn/q_proj/kernel\n"
     )
@@ -129,6 +171,37 @@ def test_a_disk_that_fills_up(finetune, here, monkeypatch):
     assert result.exit_code == 2
     message = "lorax-jax finetune: The disk is full. Saved: lorax-out/state.\n"
     assert result.stderr.endswith(message)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9"),
+    ],
+)
+def test_memory_that_is_not_there(finetune, monkeypatch, error):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(_training.train, "finetune", fail)
+    message = r"finetune: Out of memory\. Lower --batch .* or --length, .* Nothing was"
+    assert_one_message(finetune(), message)
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (errno.EFBIG, r"A file would be larger than it may be; see `ulimit -f`\. Not"),
+        (errno.EDQUOT, r"Your share of the disk is full\. Nothing was saved"),
+    ],
+)
+def test_limits_of_files(finetune, monkeypatch, number, message):
+    def fail(*args, **kwargs):  # as a storage library says it
+        raise ValueError(f"OUT_OF_RANGE: Error writing: {os.strerror(number)}")
+
+    monkeypatch.setattr(_training.train, "finetune", fail)
+    assert_one_message(finetune(), message)
 
 
 def test_debug_shows_the_traceback(finetune):
@@ -156,6 +229,14 @@ def test_a_bug_keeps_its_traceback(finetune, monkeypatch):
         (
             ["generate", "--prompt", "a", "--top-p", "0"],
             r"Invalid value for '--top-p': 0\.0 is not in the range",
+        ),
+        (
+            ["generate", "--prompt", "a", "--temperature", "nan"],
+            r"Invalid value for '--temperature': nan is not a number",
+        ),
+        (
+            ["generate", "--prompt", "a\udcff"],
+            r"--prompt': it holds bytes that are not",
         ),
         (["generate", "--prompt", "a", "--adapter", "folder"], r"folder is no adapter"),
         (["generate", "--prompt", "a", "--model", "folder"], r"is not a checkpoint"),
@@ -187,6 +268,7 @@ def test_an_adapter_of_another_base(run, broken, adapter):
     result = run("generate", "--adapter", adapter, "--model", "other", "--prompt", "a")
     assert result.exit_code == 2
     assert "is not the weight that the adapter was trained on" in result.stderr
+    assert "Is this the base that it was trained on?" in result.stderr
     write_model(broken / "wide", hidden_size=64)
     result = run("merge", adapter, "new", "--base", "wide")
     assert result.exit_code == 2

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,18 @@ def test_help_starts_with_examples(run, command):
     assert result.exit_code == 0
     assert result.stdout.index("Examples:") < result.stdout.index("Options:")
     assert "  lorax-jax " in result.stdout
+
+
+def test_no_command_shows_the_help(run):
+    result = run()
+    assert result.exit_code == 2
+    assert result.stderr.startswith("Usage: lorax-jax [OPTIONS] COMMAND")
+
+
+def test_the_version(run):
+    result = run("--version")
+    assert result.exit_code == 0
+    assert re.fullmatch(r"lorax-jax, version \d+\.\d+\.\S+\n", result.stdout)
 
 
 def test_help_waits_for_nothing_large():

@@ -1,5 +1,7 @@
 import json
 import os
+import re
+import shutil
 import signal
 
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 from tiny_folder import GPT2, write_model
 
+from lorax_jax import models
 from lorax_jax.cli import _training
 
 
@@ -100,6 +103,8 @@ LINES = [
     [
         (["--scan-layers", "--remat", "--rslora", "--pack"], {"dropout": 0.1}),
         (["--export"], {"dtype": "bfloat16", "accumulate": 2, "heldout": 0.2}),
+        ([], {"dtype": "float16", "exclude": ".*/mlp/.*", "heldout": 0.2}),
+        (["--export"], {"targets": "embed_tokens/.*", "tie": "head"}),
         ([], {"targets": r".*/(q|v)_proj/kernel", "sample_tokens": 4, "heldout": 0}),
     ],
 )
@@ -164,9 +169,7 @@ def test_resume_keeps_the_settings(finetune, run, here):
     result = run("finetune", "--resume", "lorax-out", "--out", "other")
     assert result.exit_code == 2
     assert "--out and --resume name two folders" in result.stderr
-    result = run("finetune", "--resume", "lorax-out", "--rank", 2)
-    assert result.exit_code == 2
-    assert "has made its 4 steps; there is nothing to resume" in result.stderr
+    assert run("finetune", "--resume", "lorax-out", "--rank", 2).exit_code == 0
     (here / "data.txt").write_text("Something else. " * 200)
     result = run("finetune", "--resume", "lorax-out")
     assert result.exit_code == 2
@@ -179,3 +182,90 @@ def test_resume_from_what_is_no_run(run, here):
         result = run("finetune", "--resume", name)
         assert result.exit_code == 2
         assert f"{name} is not the folder of a run" in result.stderr
+
+
+def test_terminated(finetune, run, here, monkeypatch):
+    def terminate(line):
+        if line["step"] == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(_training, "_report", terminate)
+        result = finetune(steps=6, eval_every=3)
+    assert result.exit_code == 143
+    assert "Saved: lorax-out/state. Go on with: lorax-jax finetune" in result.stderr
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert run("finetune", "--resume", "lorax-out").exit_code == 0
+
+
+def test_terminated_before_anything_is_saved(finetune, here, monkeypatch):
+    def terminate(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(_training.planning, "plan", terminate)
+    for ignored in (False, True):  # as in the background of a script
+        if ignored:
+            before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        result = finetune()
+        if ignored:
+            signal.signal(signal.SIGINT, before)
+        assert result.exit_code == 143
+        assert "Interrupted. Nothing was saved." in result.stderr
+
+
+LONG = [{"prompt": "The cat sat. " * 40, "completion": "Yes"}] * 2
+SHORT = [{"prompt": "The cat sat.", "completion": "Yes"}]
+
+
+def test_what_it_says_of_its_data(finetune, here):
+    (here / "long.jsonl").write_text("\n".join(map(json.dumps, LONG + SHORT)))
+    result = finetune(data="long.jsonl", heldout=0)
+    assert result.exit_code == 0, result.output
+    count = re.search(
+        r"data      long\.jsonl: 3 documents \(2 longer than a row, and cut\), (\d+) "
+        r"tokens to learn in (\d) rows of 16; 0 rows held out",
+        result.stdout,
+    )
+    assert 3 <= int(count[1]) <= 3 * 4 and 3 <= int(count[2]) <= 4
+    assert "warning   2 documents with a prompt longer than a row" in result.stderr
+    (here / "short.jsonl").write_text("\n".join(map(json.dumps, SHORT * 2)))
+    result = finetune(data="short.jsonl", heldout=0.5)
+    assert "1 document, " in result.stdout
+    assert " in 1 row of 16; 1 row held out" in result.stdout
+    assert "warning" not in result.stderr
+
+
+def test_more_positions_than_were_trained(finetune, run, tiny_model, here):
+    shutil.copytree(tiny_model, here / "near")
+    config = json.loads((tiny_model / "config.json").read_text())
+    config["max_position_embeddings"] = 12
+    (here / "near" / "config.json").write_text(json.dumps(config))
+    result = finetune(model="near")
+    assert result.exit_code == 0
+    assert "--length 16 exceeds the 12 positions that the model" in result.stderr
+    args = ["generate", "--prompt", "The cat", "--model", "near", "--max-new-tokens"]
+    result = run(*args, 12)
+    assert result.exit_code == 0
+    assert "and 12 are to follow; the model was trained on 12 pos" in result.stderr
+    assert "warning" not in run(*args, 1).stderr
+
+
+def test_what_an_adapter_calls_its_base(finetune, run, tiny_model, here, monkeypatch):
+    """Found again from anywhere; no path but one that was given as such."""
+    shutil.copytree(tiny_model, here / "base")
+    for model, named in [
+        ("base", "../../../base"),
+        (here / "base", str(here / "base")),
+        (None, "lorax_jax/embedded/model"),
+    ]:
+        result = finetune("--overwrite", model=model, out="runs/one")
+        assert result.exit_code == 0, result.output
+        adapter = here / "runs" / "one" / "adapter"
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == named
+        assert "base" not in (adapter / "README.md").read_text()
+        with monkeypatch.context() as patch:
+            patch.chdir(here / "runs")
+            assert run("inspect", "one/adapter").exit_code == 0
+        models.load_adapted(adapter)

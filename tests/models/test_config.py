@@ -124,3 +124,74 @@ def test_all_refused_attributes_are_listed_at_once(config_of):
 def test_something_else_than_a_config_is_refused():
     with pytest.raises(TypeError, match="got str. For a checkpoint folder use"):
         config_from_hf("some/folder")
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("llama2", {"hidden_size": 65}, r"`hidden_size` = 65 is not a multiple of"),
+        ("mistral", {"hidden_size": 65}, r"`hidden_size` = 65 is not a multiple of"),
+        (
+            "llama2",
+            {"num_attention_heads": 0},
+            r"`num_attention_heads` = 0; a whole nu",
+        ),
+        (
+            "llama2",
+            {"num_attention_heads": "six"},
+            r"`num_attention_heads` = 'six'; a w",
+        ),
+        (
+            "llama2",
+            {"num_key_value_heads": 2.0},
+            r"`num_key_value_heads` = 2\.0; a who",
+        ),
+        ("llama2", {"head_dim": 3}, r"`head_dim` = 3 is odd; rotary positions turn"),
+        (
+            "llama2",
+            {"num_hidden_layers": -1},
+            r"`num_hidden_layers` = -1; a whole numb",
+        ),
+        (
+            "llama2",
+            {"num_hidden_layers": 10**9},
+            r"a whole number from 1 to 1,000 is m",
+        ),
+        ("qwen2", {"num_hidden_layers": 10**9}, r"a whole number from 1 to 1,000 is m"),
+        ("llama2", {"vocab_size": True}, r"`vocab_size` = True; a whole number"),
+        ("llama2", {"rms_norm_eps": NAN}, r"`rms_norm_eps` = nan; a number from 0 up"),
+        ("llama2", {"rms_norm_eps": -1.0}, r"`rms_norm_eps` = -1\.0; a number from 0"),
+        ("llama2", {"rms_norm_eps": "small"}, r"`rms_norm_eps` = 'small'; a number"),
+        ("llama2", {"rope_theta": 0}, r"`rope_theta` = 0; a number above 0 is meant"),
+        ("llama2", {"rope_theta": INF}, r"`rope_theta` = inf; a number above 0 is"),
+        (
+            "llama2",
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 1, "factor": 0}},
+            r"`factor` = 0; a number above 0 is meant",
+        ),
+        ("gpt2", {"n_embd": 33}, r"`n_embd` = 33 is not a multiple of `n_head`"),
+        ("gpt2", {"n_layer": 0}, r"`n_layer` = 0; a whole number from 1 to 1,000"),
+        ("gpt2", {"layer_norm_epsilon": NAN}, r"`layer_norm_epsilon` = nan; a number"),
+        ("llama2", {"bos_token_id": {"a": 1}}, r"`transformers` makes no llama config"),
+    ],
+)
+def test_numbers_that_no_model_can_have(config_of, name, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        config_from_hf(config_of(name) | changes)
+
+
+def test_frequencies_that_are_not_in_order():
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 1e4,
+        "factor": 8.0,
+        "low_freq_factor": 4.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    message = r"`low_freq_factor` = 4\.0 is not below `high_freq_factor` = 4\.0"
+    with pytest.raises(ConfigError, match=message):
+        config_from_hf({"model_type": "llama", "rope_parameters": rope})

@@ -1,8 +1,10 @@
 import os
 import signal
+import sys
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from lorax_jax import train
@@ -126,6 +128,23 @@ def test_a_second_ctrl_c_stops_at_once(model, params, adapter, rows, options):
         finetune(model, params, adapter, rows, **options, report=interrupt)
 
 
+def test_ctrl_c_does_not_tear_a_save(
+    model, params, adapter, rows, options, tmp_path, monkeypatch
+):
+    real = train.save_state
+
+    def save(*args):
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*args)
+
+    monkeypatch.setattr(sys.modules[finetune.__module__], "save_state", save)
+    options = options | {"folder": tmp_path, "save_every": 5}
+    run = finetune(model, params, adapter, rows, **options)
+    assert not run.finished
+    assert train.saved_steps(tmp_path) == [6]
+
+
 def test_progress_goes_to_the_standard_error(
     model, params, adapter, rows, options, capsys
 ):
@@ -137,8 +156,45 @@ def test_progress_goes_to_the_standard_error(
 
 def test_a_loss_that_is_no_number(model, params, adapter, rows, options):
     broken = params | {"embed": params["embed"] * np.nan}
-    with pytest.raises(TrainingError, match="The loss of step 1 is nan. Lower the"):
+    message = r"is nan\. The base holds NaN or infinity in embed; load another"
+    with pytest.raises(TrainingError, match="after 0 steps " + message):
         finetune(model, broken, adapter, rows, **options)
+    options = options | {"heldout": None}
+    with pytest.raises(TrainingError, match="loss of step 1 " + message):
+        finetune(model, broken, adapter, rows, **options)
+
+
+def test_a_base_that_overflows(model, params, adapter, rows, options):
+    def overflow(params, ids):
+        return model(params, ids) * np.float32(np.inf)
+
+    message = r"after 0 steps is nan\. No update was made yet.* only finite numbers"
+    with pytest.raises(TrainingError, match=message):
+        finetune(overflow, params, adapter, rows, **options)
+
+
+def test_a_run_that_diverges(model, params, adapter, rows, options):
+    options = options | {"tx": optax.sgd(1e38)}
+    message = (
+        r"(loss|norm in|of) step \d+ is (nan|inf)\. Lower the learning rate or alpha"
+    )
+    with pytest.raises(TrainingError, match=message):
+        finetune(model, params, adapter, rows, **options)
+
+
+def test_a_gradient_that_is_no_number(model, params, adapter, rows, options):
+    @jax.custom_jvp
+    def wild(logits):
+        return logits
+
+    @wild.defjvp
+    def _(primals, tangents):
+        return primals[0], tangents[0] * np.float32(1e38)
+
+    with pytest.raises(
+        TrainingError, match=r"gradient's norm in step 1 is inf\. No upd"
+    ):
+        finetune(lambda p, ids: wild(model(p, ids)), params, adapter, rows, **options)
 
 
 @pytest.mark.parametrize("name", ["steps", "batch", "accumulate"])
@@ -149,9 +205,15 @@ def test_no_step_to_make(model, params, adapter, rows, options, name):
 
 def test_a_finished_run(model, params, adapter, rows, options, tmp_path):
     saved = options | {"folder": tmp_path}
-    finetune(model, params, adapter, rows, **saved)
-    with pytest.raises(TrainingError, match="has made its 10 steps; there is nothing"):
-        finetune(model, params, adapter, rows, **saved, resume=True)
+    run = finetune(model, params, adapter, rows, **saved)
+    again = finetune(model, params, adapter, rows, **saved, resume=True)
+    assert again.finished and again.history == run.history
+    for one, other in zip(
+        *map(jax.tree.leaves, (run.adapter, again.adapter)), strict=True
+    ):
+        assert np.array_equal(one, other)
+    with pytest.raises(TrainingError, match="has made 10 steps, more than `steps` = 9"):
+        finetune(model, params, adapter, rows, **saved | {"steps": 9}, resume=True)
 
 
 def test_resuming_from_nowhere(model, params, adapter, rows, options):

@@ -3,6 +3,7 @@ import json
 import pytest
 
 from lorax_jax.train import Chat, Completion, DataError, Text, read_records
+from lorax_jax.train._records import ROLES
 
 
 @pytest.fixture
@@ -83,6 +84,21 @@ def test_not_utf8(write):
         read_records(write("a.txt", b"one\ncaf\xe9\n"))
 
 
+@pytest.mark.parametrize("order", ["utf-16-le", "utf-16-be"])
+def test_utf16(write, order):
+    with pytest.raises(
+        DataError, match=r"a\.txt is UTF-16.*`iconv -f utf-16 -t utf-8`"
+    ):
+        read_records(write("a.txt", "\ufeffone".encode(order)))
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_every_role(write, role):
+    messages = [{"role": r, "content": "Hi"} for r in (role, "assistant")]
+    found = read_records(write("a.jsonl", json.dumps({"messages": messages})))
+    assert found[0].messages == ((role, "Hi"), ("assistant", "Hi"))
+
+
 GOOD = '{"text": "fine"}\n'
 
 
@@ -100,6 +116,14 @@ GOOD = '{"text": "fine"}\n'
         ('{"prompt": "a", "completion": ""}', "line 17: no completion tokens: 'compl"),
         ('{"prompt": null, "completion": "a"}', "line 17: 'prompt' is a NoneType"),
         ('{"text": "\\ud800"}', "line 17: 'text' holds half of a surrogate pair"),
+        (
+            f'{{"text": {"1" * 10_000}}}',
+            "line 17: no JSON that can be read: Exceeds the limit",
+        ),
+        (
+            '{"messages": [{"role": "Assistant", "content": "a"}]}',
+            r"line 17, messages\[0\]: unknown role 'Assistant'; one of system, user",
+        ),
         ('{"messages": []}', "line 17: 'messages' must be a list with at least one"),
         ('{"messages": {"role": "user"}}', "line 17: 'messages' must be a list"),
         ('{"messages": ["hi"]}', r"messages\[0\]: must be an object with 'role'"),
