@@ -57,6 +57,13 @@ def split(
     for i, site in enumerate(slot.sites):
         if site is not None:
             found = {name: array[held[i]] for name, array in arrays.items()}
+            # In float64: NumPy asks no question of a bfloat16.
+            if not all(np.isfinite(x.astype(np.float64)).all() for x in found.values()):
+                raise AdapterError(
+                    f"The arrays of {site.path!r} hold NaN or infinity, and no file of "
+                    "them could be loaded again. Save the state before training "
+                    "diverged."
+                )
             yield i, site, _as_file(slot, site, found)
 
 
