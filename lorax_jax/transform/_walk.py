@@ -62,6 +62,7 @@ Probes = tuple[Probe, ...]
 
 
 def whole(leaf: Leaf) -> Probes:
+    """A leaf as it enters the function: every axis is one of its own."""
     return (Probe(leaf.path, tuple(frozenset([i]) for i in range(len(leaf.shape)))),)
 
 
