@@ -87,6 +87,7 @@ def dictionary(raw: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Writes the texts; the command line of this module."""
     parser = argparse.ArgumentParser(
         prog="python -m lorax_jax.embedded.texts",
         description=__doc__,

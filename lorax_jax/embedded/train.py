@@ -221,6 +221,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Trains the model and writes its folder; the command line of this module."""
     args = parser().parse_args(argv)
     training, heldout = split(chapters(args.corpus.read_text("utf-8")))
     tokenizer = train_tokenizer(training, args.vocab)
