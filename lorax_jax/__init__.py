@@ -16,6 +16,7 @@ from .checkpoint import save_adapter as save_adapter
 from .checkpoint import load_adapter as load_adapter
 from .checkpoint import export_merged as export_merged
 from . import embedded as embedded
+from . import errors as errors
 from . import initializers as initializers
 from . import models as models
 from . import quant as quant

@@ -354,6 +354,12 @@ def _where(consumer: Consumer, role: str) -> tuple[int, ...]:
     return tuple(i for i, r in enumerate(consumer.axes) if r == role)
 
 
+_BUILT = (
+    " To build the adapted weight there, declare its axes, roles={{'{path}': "
+    "{{'inputs': ..., 'outputs': ...}}}}, and tell `adapt` to `materialize`."
+)
+
+
 def _dead(leaf: Leaf) -> str:
     others = sorted({c.primitive for c in leaf.of_kind("other")})
     used = f"only {shorten(others)} reads it" if others else "nothing reads it"
@@ -362,7 +368,7 @@ def _dead(leaf: Leaf) -> str:
     return (
         f"{leaf.path!r} of shape {leaf.shape} is a target, but no product or lookup of "
         f"the function uses it: {used}. Leave it out of `targets`, or plan on a "
-        "function that uses it."
+        "function that uses it." + (_BUILT.format(path=leaf.path) if others else "")
     )
 
 

@@ -13,6 +13,7 @@ ROOT = Path(lorax_jax.__file__).parent
 # it in this list; rooms on one line do not import each other.
 LEVELS = [
     {"_errors"},
+    {"errors"},
     {"_paths", "_json"},
     {"structure", "_names"},
     {"_peft"},
