@@ -245,15 +245,15 @@ def test_an_adapter_merged_from_an_argument_is_found():
 def test_an_adapter_that_builds_its_update_is_found(stack, each, monkeypatch, order):
     """A kind of adapter that multiplies A by B first, by `dot_general` or by hand."""
 
-    def dot(self, y, x, dims):
+    def delta(self, x, op, like):
         a, b = self.a.array, self.scale.array * self.b.array
         if order == "product":
-            delta = a @ b
+            update = a @ b
         else:
-            delta = (a[:, :, None] * b[None]).sum(1)
-        return y + x @ delta
+            update = (a[:, :, None] * b[None]).sum(1)
+        return x @ update
 
-    monkeypatch.setattr(LowRank, "dot", dot)
+    monkeypatch.setattr(LowRank, "delta", delta)
     fn = model(stack, each)
     params, adapter, x = build(fn)
     report = lj.audit(fn, params, adapter, x)
@@ -284,10 +284,10 @@ def test_a_gradient_of_the_base_is_found_without_a_dense_update(
 
     thin.defvjp(forward, backward)
 
-    def dot(self, y, x, dims):
-        return y + thin(x, self.a.array, self.scale.array * self.b.array)
+    def delta(self, x, op, like):
+        return thin(x, self.a.array, self.scale.array * self.b.array)
 
-    monkeypatch.setattr(LowRank, "dot", dot)
+    monkeypatch.setattr(LowRank, "delta", delta)
 
     fn = model(stack, each)
     params, adapter, x = build(fn)
@@ -388,17 +388,21 @@ def test_a_base_that_widens_is_not_blamed(stack):
     assert lj.audit(fn, params, adapter, x).ok
 
 
-def widened(self, y, x, dims, right=LowRank.dot):
+def widened(self, x, op, inner):
     """A kind of adapter that forgets its output's dtype."""
-    return right(self, y.astype(jnp.float32), x.astype(jnp.float32), dims)
+    y = inner(x).astype(jnp.float32)
+    return y + self.delta(x.astype(jnp.float32), op, y)
 
 
 def test_an_adapter_that_widens_inside_is_blamed(stack, each, monkeypatch):
     """In every layer, although it is cast back; what follows is not blamed."""
+
+    def act(self, x, op, inner):
+        return widened(self, x, op, inner).astype(jnp.bfloat16)
+
+    monkeypatch.setattr(LowRank, "act", act)
     fn = model(stack, each)
     params, adapter, x = build(fn, jnp.bfloat16)
-    dot = lambda *args: widened(*args).astype(jnp.bfloat16)  # noqa: E731
-    monkeypatch.setattr(LowRank, "dot", dot)
     report = lj.audit(fn, params, adapter, x)
     assert [check.name for check in report.failed] == ["no wider activation"]
     found = report["no wider activation"]
@@ -412,7 +416,7 @@ def test_an_adapter_that_hands_on_a_wider_result_is_blamed(each, monkeypatch):
     def fn(params, x):
         return each(params["head"], x)
 
-    monkeypatch.setattr(LowRank, "dot", widened)
+    monkeypatch.setattr(LowRank, "act", widened)
     params, adapter, x = build(model_scanned(), jnp.bfloat16)
     del adapter.train["layers"], adapter.fixed["layers"]
     report = lj.audit(fn, params, adapter, x)
