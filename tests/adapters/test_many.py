@@ -20,9 +20,9 @@ CONFIG = {
 IDS = jnp.arange(8)[None]
 
 
-@pytest.fixture(scope="module")
-def scanned():
-    model = models.from_config(CONFIG, scan_layers=True)
+@pytest.fixture(scope="module", params=[False, True], ids=["unrolled", "scanned"])
+def model_and_plan(request):
+    model = models.from_config(CONFIG, scan_layers=request.param)
     params = model.init(jax.random.key(0))
     config = lj.LoraConfig("all-linear", rank=4, init=False)
     plan = lj.plan(config, params, model.apply, (IDS,))
@@ -38,8 +38,8 @@ def ids_of(tree):
 
 
 @pytest.mark.parametrize("k", [0, 1, 3])
-def test_k_adapters_add_k_times_their_bytes(scanned, k):
-    model, params, plan = scanned
+def test_k_adapters_add_k_times_their_bytes(model_and_plan, k):
+    model, params, plan = model_and_plan
     adapters = [lj.init(plan, params, key=jax.random.key(i)) for i in range(k)]
     before = ids_of(params)
     bound = lj.bind(params, *adapters)
@@ -47,7 +47,7 @@ def test_k_adapters_add_k_times_their_bytes(scanned, k):
     assert ids_of(params) == before
     assert set(before) <= set(ids_of(bound))
     factors = 4 * plan.trainable
-    scales = sum(slot.layers[0] for slot in plan.slots) * 4
+    scales = 4 * len(plan)  # one for every layer of a stack
     assert [size(adapter.train) for adapter in adapters] == [factors] * k
     assert size(bound) == size(params) + k * (factors + scales)
 
@@ -63,9 +63,9 @@ def test_k_adapters_add_k_times_their_bytes(scanned, k):
     assert k * factors <= added <= k * (factors + 2 * scales) + 64 * k
 
 
-def test_one_base_serves_all_of_them(scanned):
+def test_one_base_serves_all_of_them(model_and_plan):
     """In one program, each adapter alone and none at all: the base enters once."""
-    model, params, plan = scanned
+    model, params, plan = model_and_plan
     adapters = [lj.init(plan, params, key=jax.random.key(i)) for i in range(2)]
 
     def apply(params, adapters, ids):

@@ -185,10 +185,11 @@ def test_plain_adamw_with_decay_moves_nothing_that_is_fixed(scan, relaxed):
 @pytest.mark.parametrize("config", [CONFIG, GPT2], ids=["llama", "gpt2"])
 def test_adapted_equals_merged(config, scan):
     model, params, adapter, ids = build(config, scan_layers=scan)
-    got = lj.adapt(model.apply)(lj.bind(params, adapter), ids)
-    merged = model.apply(lj.merge(params, adapter), ids)
+    apply = jax.jit(model.apply)
+    got = jax.jit(lj.adapt(model.apply))(lj.bind(params, adapter), ids)
+    merged = apply(jax.jit(lj.merge)(params, adapter), ids)
     assert_close(got, merged, length=56, factor=8)
-    assert not np.allclose(got, model.apply(params, ids), atol=1e-2)
+    assert not np.allclose(got, apply(params, ids), atol=1e-2)
 
 
 def test_generation_on_adapted_weights(scan):
@@ -199,18 +200,6 @@ def test_generation_on_adapted_weights(scan):
     merged = lj.merge(params, adapter)
     expected, _ = lj.models.generate(model.apply, merged, ids, max_new_tokens=6)
     assert np.array_equal(got, expected)
-
-
-def test_attaching_adapters_leaves_the_base_leaves_the_same_objects(scan):
-    model, params, adapter, ids = build(scan_layers=scan)
-    bound = lj.bind(params, adapter, adapter, adapter)
-    leaves = {id(leaf) for leaf in jax.tree.leaves(bound)}
-    assert all(id(leaf) in leaves for leaf in jax.tree.leaves(params))
-    nbytes = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))  # noqa: E731
-    factors = nbytes(adapter.train) + nbytes(
-        [f["scale"] for f in adapter.fixed.values()]
-    )
-    assert nbytes(bound) == nbytes(params) + 3 * factors
 
 
 def test_gpt2_counts_as_the_guides_say():
