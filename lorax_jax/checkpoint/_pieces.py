@@ -16,9 +16,10 @@ from ._arrays import host
 from ._base_folder import BaseFolder
 from ._files import open_adapter
 from ._kernels import is_turned, order_of, turned
+from ._layouts import tensor_layout
 from ._onto_base import existing, load_onto
 from ._piece import Piece
-from ._sites import part_of, tensor_layout
+from ._sites import part_of
 
 _WEIGHT = ".weight"
 

@@ -86,7 +86,6 @@ REFUSED = {
     "layer_replication": [[0, 2], [1, 2]],
     "megatron_config": {"a": 1},
     "monteclora_config": {"num_samples": 2},
-    "target_parameters": ["experts.gate_up_proj"],
     "use_bdlora": {"nblocks": 2},
     "use_qalora": True,
     "velora_config": {"num_groups": 4},

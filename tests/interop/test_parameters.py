@@ -1,0 +1,406 @@
+"""Bare parameters of experts: PEFT's `target_parameters`, and the same leaves here."""
+
+import dataclasses
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from drawn import drawn
+from safetensors.numpy import load_file
+
+import lorax_jax as lj
+from lorax_jax._errors import CheckpointError, ConfigError
+from lorax_jax.checkpoint import NameMap
+
+# Values of order 1 in float32, summed over at most 16 products; relative.
+TOLERANCE = 1e-5
+TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+LAYERS, EXPERTS, D, M = 2, 3, 8, 6
+
+
+@dataclasses.dataclass(frozen=True)
+class Moe:
+    """Layers of a router, which is a 2-D parameter, and experts, which are 3-D ones.
+
+    Attributes:
+        transposed: what their module's `is_transposed` says.
+        inputs_first: whether their experts are `(experts, d_in, d_out)`.
+        same: whether ours lie as theirs; else the last two axes change places.
+        scan: whether ours are stacks of all layers.
+        order: in which order their class makes the parameters.
+    """
+
+    transposed: bool = False
+    inputs_first: bool = False
+    same: bool = False
+    scan: bool = False
+    order: tuple[str, ...] = ("up", "down")
+
+    def theirs(self):
+        import torch
+
+        case = self
+
+        class Experts(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.is_transposed = case.transposed
+                for name in case.order:
+                    d_in, d_out = (D, M) if name == "up" else (M, D)
+                    shape = (d_in, d_out) if case.inputs_first else (d_out, d_in)
+                    drawn = torch.randn(EXPERTS, *shape) / 3
+                    setattr(self, name, torch.nn.Parameter(drawn))
+
+            def forward(self, x):
+                axes = "edm" if case.inputs_first else "emd"
+                hidden = torch.einsum(f"etd,{axes}->etm", x, self.up).tanh()
+                return torch.einsum(f"etd,{axes}->etm", hidden, self.down)
+
+        class Router(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.weight = torch.nn.Parameter(torch.randn(EXPERTS, D) / 3)
+
+            def forward(self, x):
+                return (x @ self.weight.T).softmax(-1)
+
+        class Layer(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.router, self.experts = Router(), Experts()
+                self.out = torch.nn.Linear(D, D, bias=False)
+
+            def forward(self, x):
+                each = self.experts(x.expand(EXPERTS, *x.shape))
+                mixed = torch.einsum("te,etd->td", self.router(x), each)
+                return x + self.out(mixed)
+
+        class Model(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.layers = torch.nn.ModuleList(Layer() for _ in range(LAYERS))
+
+            def forward(self, x):
+                for layer in self.layers:
+                    x = layer(x)
+                return x
+
+        torch.manual_seed(0)
+        return Model()
+
+    @property
+    def names(self):
+        layout = "same" if self.same else "linear"
+        table = [
+            ("layers/{i}/router", "layers.{i}.router.weight", "linear"),
+            ("layers/{i}/out", "layers.{i}.out.weight", "linear"),
+        ]
+        table += [
+            (f"layers/{{i}}/{name}", f"layers.{{i}}.experts.{name}", layout)
+            for name in self.order
+        ]
+        modules = ["layers.{i}.experts"] if self.transposed else []
+        return NameMap(
+            table, parameters=["layers.{i}.router.weight"], is_transposed=modules
+        )
+
+    @property
+    def ours_inputs_first(self):
+        return self.inputs_first == self.same
+
+    def params(self, theirs):
+        state = {k: v.detach().numpy() for k, v in theirs.state_dict().items()}
+        layers = []
+        for i in range(LAYERS):
+            layer = {}
+            for name, module in (
+                ("router", "router.weight"),
+                ("out", "out.weight"),
+                ("up", "experts.up"),
+                ("down", "experts.down"),
+            ):
+                tensor = state[f"layers.{i}.{module}"]
+                turn = name in ("router", "out") or not self.same
+                layer[name] = jnp.asarray(tensor.swapaxes(-1, -2) if turn else tensor)
+            layers.append(layer)
+        if self.scan:
+            return {"layers": jax.tree.map(lambda *xs: jnp.stack(xs), *layers)}
+        return {"layers": dict(zip(map(str, range(LAYERS)), layers, strict=True))}
+
+    def layer(self, p, x):
+        axes = "edm" if self.ours_inputs_first else "emd"
+        each = jnp.broadcast_to(x, (EXPERTS, *x.shape))
+        hidden = jnp.tanh(jnp.einsum(f"etd,{axes}->etm", each, p["up"]))
+        each = jnp.einsum(f"etd,{axes}->etm", hidden, p["down"])
+        mixed = jnp.einsum("te,etd->td", jax.nn.softmax(x @ p["router"]), each)
+        return x + mixed @ p["out"]
+
+    def fn(self, params, x):
+        if self.scan:
+            step = lambda x, p: (self.layer(p, x), None)  # noqa: E731
+            return jax.lax.scan(step, x, params["layers"])[0]
+        for i in range(LAYERS):
+            x = self.layer(params["layers"][str(i)], x)
+        return x
+
+    @property
+    def x(self):
+        return np.random.default_rng(0).normal(0, 1, (5, D)).astype(np.float32)
+
+
+MOES = {
+    "default": Moe(),
+    "default, scanned": Moe(scan=True),
+    "default, as theirs": Moe(same=True),
+    "default, down first": Moe(order=("down", "up"), scan=True),
+    "transposed": Moe(transposed=True, inputs_first=True, same=True, scan=True),
+    "transposed, turned": Moe(transposed=True, inputs_first=True),
+    # As in Llama 4: inputs first, and nothing says so.
+    "mirrored": Moe(inputs_first=True, same=True, scan=True),
+}
+PARAMETERS = ["router.weight", "experts.up", "experts.down"]
+# Ranks, alphas and the layers of modules beside the parameters.
+FIELDS = {
+    "r": 2,
+    "lora_alpha": 3,
+    "target_parameters": PARAMETERS,
+    "target_modules": ["out"],
+    "rank_pattern": {r"layers\.1\.experts\.up": 3, "down": 1, "out": 4},
+    "alpha_pattern": {"experts.down": 5},
+}
+
+
+@pytest.fixture(params=MOES.values(), ids=MOES.keys())
+def moe(request):
+    return request.param
+
+
+def peft_model(theirs, **fields):
+    """Their model with an adapter whose factors are all drawn."""
+    import peft
+    import torch
+
+    model = peft.get_peft_model(theirs, peft.LoraConfig(**FIELDS | fields)).eval()
+    with torch.no_grad():
+        for name, leaf in model.named_parameters():
+            if "lora_" in name:
+                leaf.copy_(0.3 * torch.randn_like(leaf))
+    return model
+
+
+def run(model, x):
+    import torch
+
+    with torch.no_grad():
+        return model(torch.from_numpy(x)).numpy()
+
+
+def adapted_run(moe, params, adapter):
+    return np.asarray(lj.adapt(moe.fn)(lj.bind(params, adapter), jnp.asarray(moe.x)))
+
+
+def far(x, y):
+    """The largest difference, relative to the largest value."""
+    return np.abs(np.asarray(x) - y).max() / np.abs(y).max()
+
+
+def modules_of(model):
+    """Rank, alpha and scale of every adapted module and parameter."""
+    found = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A") and module.r:
+            name = name.removeprefix("base_model.model.").replace(".base_layer", "")
+            name += (
+                f".{module.parameter_name}" if "Param" in type(module).__name__ else ""
+            )
+            numbers = module.r, module.lora_alpha, module.scaling
+            found[name] = tuple(one["default"] for one in numbers)
+    return found
+
+
+def sites_of(plan, names):
+    """The same of a plan."""
+    return {
+        names.parameter(s.path) or names.module(s.path): (s.rank, s.alpha, s.scale)
+        for s in plan
+    }
+
+
+@pytest.mark.parametrize("planned", [False, True], ids=["without plan", "plan"])
+def test_theirs_here(moe, planned, tmp_path, record_property):
+    """Outputs, gradients of both factors, merged parameters, and the file again."""
+    import torch
+
+    theirs = moe.theirs()
+    params = moe.params(theirs)
+    base = run(theirs, moe.x)
+    model = peft_model(theirs)
+    model.save_pretrained(tmp_path / "a")
+    plan = None
+    if planned:
+        config = lj.LoraConfig.from_peft(tmp_path / "a", moe.names)
+        plan = lj.plan(config, params, moe.fn, (moe.x,))
+        assert sites_of(plan, moe.names) == modules_of(model)
+    adapter, receipt = lj.load_adapter(
+        tmp_path / "a", params, names=moe.names, plan=plan
+    )
+    assert not receipt.problems and receipt.sites == receipt.expected == 4 * LAYERS
+    assert plan is None or receipt.plan is plan
+
+    out = model(torch.from_numpy(moe.x))
+    torch.sin(out).sum().backward()
+    worst = far(adapted_run(moe, params, adapter), out.detach().numpy())
+    assert far(base, out.detach().numpy()) > 0.01  # it acts
+
+    def loss(train):
+        bound = lj.bind(params, lj.Adapter(train, adapter.fixed))
+        return jnp.sin(lj.adapt(moe.fn)(bound, jnp.asarray(moe.x))).sum()
+
+    grads = lj.Adapter(jax.grad(loss)(adapter.train), adapter.fixed)
+    for name, one in (("b", adapter), ("g", grads)):
+        lj.save_adapter(tmp_path / name, one, plan=receipt.plan, names=moe.names)
+    found = load_file(tmp_path / "g" / TENSORS)
+    expected = {
+        name.replace(".default", ""): parameter.grad.numpy()
+        for name, parameter in model.named_parameters()
+        if "lora_" in name
+    }
+    assert found.keys() == expected.keys() and len(found) == 8 * LAYERS
+    for key, gradient in expected.items():
+        assert np.abs(gradient).max() > 0
+        worst = max(worst, far(found[key], gradient))
+
+    one, other = (load_file(tmp_path / name / TENSORS) for name in "ab")
+    assert one.keys() == other.keys()
+    assert all(np.array_equal(one[key], other[key]) for key in one)
+    merged = moe.params(model.merge_and_unload())
+    for ours, wanted in zip(
+        *map(jax.tree.leaves, (lj.merge(params, adapter), merged)), strict=True
+    ):
+        worst = max(worst, far(ours, wanted))
+    record_property("max_relative_difference", float(worst))
+    assert worst <= TOLERANCE
+
+
+def test_ours_there(moe, tmp_path, monkeypatch):
+    """Our folder in PEFT: every key and every bit arrives, and comes back."""
+    import peft
+
+    theirs = moe.theirs()
+    params = moe.params(theirs)
+    rules = {
+        r"layers/0/(up|router)": {"rank": 3, "alpha": 7},
+        r"layers/\d/(up|down|router|out)": {},
+    }
+    config = lj.LoraConfig(rules, rank=2, alpha=3, init=False, rslora=True)
+    plan = lj.plan(config, params, moe.fn, (moe.x,))
+    adapter = drawn(plan, params)
+    lj.save_adapter(tmp_path / "a", adapter, plan=plan, names=moe.names, params=params)
+    results = []
+    real = peft.PeftModel.load_adapter
+    spy = lambda *args, **kw: results.append(real(*args, **kw)) or results[-1]  # noqa: E731
+    monkeypatch.setattr(peft.PeftModel, "load_adapter", spy)
+    model = peft.PeftModel.from_pretrained(theirs, tmp_path / "a")
+    assert results[0].unexpected_keys == []
+    assert [key for key in results[0].missing_keys if "lora_" in key] == []
+    assert modules_of(model) == sites_of(plan, moe.names)
+    assert far(adapted_run(moe, params, adapter), run(model, moe.x)) <= TOLERANCE
+
+    model.save_pretrained(tmp_path / "b")
+    written, back = (load_file(tmp_path / f / TENSORS) for f in "ab")
+    assert written.keys() == back.keys()
+    assert all(np.array_equal(written[key], back[key]) for key in written)
+    loaded, _ = lj.load_adapter(tmp_path / "a", params)  # by its own metadata
+    assert jax.tree.all(jax.tree.map(np.array_equal, loaded, adapter))
+    loaded, _ = lj.load_adapter(tmp_path / "b", params, names=moe.names, plan=plan)
+    assert jax.tree.all(jax.tree.map(np.array_equal, loaded, adapter))
+
+
+def test_configurations(moe):
+    """`to_peft` has PEFT adapt the same, at the same ranks and scales."""
+    import peft
+
+    config = lj.LoraConfig.from_peft({"peft_type": "LORA"} | FIELDS, moe.names)
+    model = peft_model(moe.theirs())
+    fields = config.to_peft(moe.names)
+    assert fields["target_parameters"] == ["down", "router.weight", "up"]
+    fields = {k: v for k, v in fields.items() if k not in ("peft_type", "peft_version")}
+    again = peft.get_peft_model(moe.theirs(), peft.LoraConfig(**fields))
+    assert modules_of(again) == modules_of(model)
+
+
+def test_parameters_alone(tmp_path):
+    """No targets beside them are an empty list: PEFT fills in its own for null."""
+    moe = Moe()
+    config = lj.LoraConfig(".*/up", rank=2)
+    fields = config.to_peft(moe.names)
+    assert (fields["target_modules"], fields["target_parameters"]) == ([], ["up"])
+    theirs = moe.theirs()
+    params = moe.params(theirs)
+    plan = lj.plan(config, params, moe.fn, (moe.x,))
+    lj.save_adapter(tmp_path, drawn(plan, params), plan=plan, names=moe.names)
+    assert json.loads((tmp_path / CONFIG).read_text())["target_modules"] == []
+    given = {"peft_type": "LORA", "target_parameters": ["up"]}
+    with pytest.raises(ConfigError, match="no `target_modules`, and PEFT then adapts"):
+        lj.LoraConfig.from_peft(given, moe.names)
+    # What PEFT saved says what it took.
+    model = peft_model(theirs, target_modules=None, target_parameters=["up"], **PLAIN)
+    model.save_pretrained(tmp_path / "theirs")
+    assert (
+        json.loads((tmp_path / "theirs" / CONFIG).read_text())["target_modules"] is None
+    )
+    found = lj.LoraConfig.from_peft(tmp_path / "theirs", moe.names)
+    assert [rule.pattern for rule in found.rules] == [r"layers/\d+/up"]
+
+
+PLAIN = {"rank_pattern": {}, "alpha_pattern": {}}
+
+
+def test_the_order_is_that_of_the_class():
+    """PEFT nests in the order in which a module lists its parameters, no other."""
+    for order, names in itertools.product(
+        (("up", "down"), ("down", "up")),
+        (["experts.up", "experts.down"], ["experts.down", "experts.up"]),
+    ):
+        model = peft_model(Moe(order=order).theirs(), target_parameters=names, **PLAIN)
+        experts = model.base_model.model.layers[0].experts
+        assert experts.parameter_name == order[-1]
+        assert experts.base_layer.parameter_name == order[0]
+
+
+def test_an_order_that_is_not_theirs_is_noticed(tmp_path):
+    moe = Moe()
+    theirs = moe.theirs()
+    params = moe.params(theirs)
+    peft_model(theirs).save_pretrained(tmp_path)
+    wrong = dataclasses.replace(moe, order=("down", "up")).names
+    with pytest.raises(
+        CheckpointError, match=r"experts.lora_A.weight is \(3, 6\), not"
+    ):
+        lj.load_adapter(tmp_path, params, names=wrong)
+    entries = [entry for entry in moe.names if not entry[0].endswith("up")]
+    fewer = NameMap(entries, parameters=moe.names.parameters)
+    with pytest.raises(CheckpointError, match="more parameters of that module than"):
+        lj.load_adapter(tmp_path, params, names=fewer)
+
+
+@pytest.mark.parametrize("end", ["A", "B"])
+@pytest.mark.parametrize("key", ["experts", "experts.base_layer", "router"])
+def test_keys_that_are_missing(tmp_path, end, key):
+    from safetensors.numpy import save_file
+
+    moe = Moe()
+    theirs = moe.theirs()
+    params = moe.params(theirs)
+    peft_model(theirs).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / TENSORS)
+    lost = f"base_model.model.layers.1.{key}.lora_{end}.weight"
+    del tensors[lost]
+    save_file(tensors, tmp_path / TENSORS)
+    with pytest.raises(CheckpointError, match=f"missing +{lost}"):
+        lj.load_adapter(tmp_path, params, names=moe.names)
+    _, receipt = lj.load_adapter(tmp_path, params, names=moe.names, strict=False)
+    assert receipt.missing == (lost,) and receipt.sites == 4 * LAYERS - 1
