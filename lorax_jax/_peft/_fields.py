@@ -316,11 +316,11 @@ class Targets:
                 "and a pattern together with layers. Say which layers in the regex, or "
                 "list the targets."
             )
-        wrapped = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in patterns]
+        wrapped = [rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\." for pattern in patterns]
         self._layer = [
             compile_pattern(regex, pattern, what)
             for regex, pattern in zip(wrapped, patterns, strict=True)
-        ] or [re.compile(r".*?\.[^.]*\.(\d+)\.")]
+        ] or [re.compile(r".*?\.[^.]*\.(?P<index>\d+)\.")]
         self._patterns = Patterns((), what)  # its clock
         self._regex = {
             regex: compile_pattern(regex, regex, what)
@@ -351,7 +351,9 @@ class Targets:
             return True
         found = (pattern.match(module) for pattern in self._layer)
         layer = next((match for match in found if match is not None), None)
-        return layer is not None and int(layer[1]) in self.layers
+        # Patterns are not parenthesized: an alternative may match without an index.
+        index = None if layer is None else layer["index"]
+        return index is not None and int(index) in self.layers
 
     def excludes(self, module: str) -> bool:
         """Whether `exclude_modules` or `modules_to_save` names the module."""

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from drawn import drawn
 from safetensors.numpy import load_file
+from twins import modules_of, sites_of
 
 import lorax_jax as lj
 from lorax_jax._errors import CheckpointError, ConfigError
@@ -205,28 +206,6 @@ def adapted_run(moe, params, adapter):
 def far(x, y):
     """The largest difference, relative to the largest value."""
     return np.abs(np.asarray(x) - y).max() / np.abs(y).max()
-
-
-def modules_of(model):
-    """Rank, alpha and scale of every adapted module and parameter."""
-    found = {}
-    for name, module in model.named_modules():
-        if hasattr(module, "lora_A") and module.r:
-            name = name.removeprefix("base_model.model.").replace(".base_layer", "")
-            name += (
-                f".{module.parameter_name}" if "Param" in type(module).__name__ else ""
-            )
-            numbers = module.r, module.lora_alpha, module.scaling
-            found[name] = tuple(one["default"] for one in numbers)
-    return found
-
-
-def sites_of(plan, names):
-    """The same of a plan."""
-    return {
-        names.parameter(s.path) or names.module(s.path): (s.rank, s.alpha, s.scale)
-        for s in plan
-    }
 
 
 @pytest.mark.parametrize("planned", [False, True], ids=["without plan", "plan"])
