@@ -63,9 +63,10 @@ def edited(files: AdapterFiles, names: NameMap | None, tree: Tree) -> Iterator[s
             adapts = "does not adapt" if tensor in tensors else "adapts"
             yield f"{tensor} {holds} factors, and {CONFIG} {adapts} it"
     if not isinstance(chosen.targets, str):
-        for entry in sorted(chosen.targets or ()):
-            if not any(f".{module}".endswith(f".{entry}") for module in known):
-                yield f"{entry} is no module of the file, and {CONFIG} adapts it"
+        parts = [module.split(".") for module in known]
+        ends = {".".join(one[i:]) for one in parts for i in range(len(one))}
+        for entry in sorted(set(chosen.targets or ()) - ends):
+            yield f"{entry} is no module of the file, and {CONFIG} adapts it"
 
 
 def _known(sites: Sequence[FileSite], tree: Tree) -> Iterator[str]:

@@ -153,6 +153,7 @@ FIELDS = {
     "rank_pattern": ([[1], "x", {"q_proj": 0}, {"q_proj": 10**9}], "rank|no object"),
     "alpha_pattern": ([{"q_proj": "x"}, {"q_proj": None}], "no finite number"),
     "target_modules": ([3, [1], {"a": 1}], "a regex or a list of names is meant"),
+    "target_parameters": (["w", [1], {"a": 1}, [""], 3], "a list of names of param"),
     "layers_to_transform": (["1", [1.5]], "indices and names are meant"),
     "layers_pattern": ([[3]], "indices and names are meant"),
 }
