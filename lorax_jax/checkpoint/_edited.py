@@ -1,7 +1,7 @@
 """Whether the configuration beside a file of ours still names what the file adapts."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from .. import _peft
 from .._names import NameMap
@@ -28,40 +28,26 @@ def edited(files: AdapterFiles, names: NameMap | None, tree: Tree) -> Iterator[s
     record = files.record
     if record is None or record.keys != "peft" or not files.config:
         return
+    yield from _modules(files, record.sites, names, tree)
+    yield from _parameters(files, record.sites, names, tree)
+
+
+def _modules(
+    files: AdapterFiles, sites: Sequence[FileSite], names: NameMap | None, tree: Tree
+) -> Iterator[str]:
     chosen = _peft.Targets(files.config, files.what)
-    bare = _peft.Parameters(files.config, files.what)
-    held = adapted_modules(record.sites)
-    known = dict.fromkeys(sorted(held)) | dict.fromkeys(_known(record.sites, tree))
-    if names is not None:
-        known |= dict.fromkeys(
-            module.name
-            for module in names.expand(tree.layers())
-            if tree.knows(module.path)
-        )
-    linear = None
-    if chosen.all_linear:  # which of the modules those are is told by a table alone
-        modules = [] if names is None else list(names.expand(tree.layers()))
-        linear = {m.name for m in modules if names and _peft.is_linear(m, names)}
+    takes = _taker(chosen, names, tree)
+    held = adapted_modules(sites)
+    known = dict.fromkeys([*sorted(held), *_known(sites, names, tree)])
     for module in known:
-        if linear is None:
-            taken = chosen.names(module)
-        else:
-            taken = not chosen.excludes(module) and (not linear or module in linear)
-        inside = chosen.in_layers(module)
-        if module in held and not taken:
+        taken, inside = takes(module), chosen.in_layers(module)
+        if module in held and taken is False:
             yield f"{module} has factors, and {CONFIG} does not adapt it"
         elif module in held and not inside:
             # PEFT lets whole names escape the layers, and whoever wrote them did not.
             yield f"{module} has factors, and `layers_to_transform` leaves it out"
-        elif module not in held and taken and inside and (names or linear is None):
+        elif module not in held and taken and inside:
             yield f"{module} has no factors, and {CONFIG} adapts it"
-    tensors = {site.parameter for site in record.sites if site.parameter is not None}
-    others = [] if names is None else names.tensors(tree.layers())
-    for tensor in sorted(tensors | {t.name for t in others if tree.knows(t.path)}):
-        if (tensor in tensors) != bare(tensor):
-            holds = "has" if tensor in tensors else "has no"
-            adapts = "does not adapt" if tensor in tensors else "adapts"
-            yield f"{tensor} {holds} factors, and {CONFIG} {adapts} it"
     if not isinstance(chosen.targets, str):
         parts = [module.split(".") for module in known]
         ends = {".".join(one[i:]) for one in parts for i in range(len(one))}
@@ -69,8 +55,41 @@ def edited(files: AdapterFiles, names: NameMap | None, tree: Tree) -> Iterator[s
             yield f"{entry} is no module of the file, and {CONFIG} adapts it"
 
 
-def _known(sites: Sequence[FileSite], tree: Tree) -> Iterator[str]:
-    """The modules of the sites in all the layers that the parameters have."""
+def _taker(
+    chosen: _peft.Targets, names: NameMap | None, tree: Tree
+) -> Callable[[str], bool | None]:
+    """Whether the targets take a module; `None` where that cannot be told."""
+    if not chosen.all_linear:
+        return chosen.names
+    if names is None:
+        return lambda module: False if chosen.excludes(module) else None
+    modules = names.expand(tree.layers())
+    linear = {module.name for module in modules if _peft.is_linear(module, names)}
+    return lambda module: module in linear and not chosen.excludes(module)
+
+
+def _parameters(
+    files: AdapterFiles, sites: Sequence[FileSite], names: NameMap | None, tree: Tree
+) -> Iterator[str]:
+    adapted = _peft.Parameters(files.config, files.what)
+    held = {site.parameter for site in sites if site.parameter is not None}
+    others = [] if names is None else names.tensors(tree.layers())
+    known = {tensor.name for tensor in others if tree.knows(tensor.path)}
+    for tensor in sorted(held | known):
+        if tensor in held and not adapted(tensor):
+            yield f"{tensor} has factors, and {CONFIG} does not adapt it"
+        elif tensor not in held and adapted(tensor):
+            yield f"{tensor} has no factors, and {CONFIG} adapts it"
+
+
+def _known(
+    sites: Sequence[FileSite], names: NameMap | None, tree: Tree
+) -> Iterator[str]:
+    """The modules of the parameters: of the table, else the sites' in all layers."""
+    if names is not None:
+        modules = names.expand(tree.layers())
+        yield from (module.name for module in modules if tree.knows(module.path))
+        return
     families = {}
     for site in sites:
         numbers = _NUMBER.findall(site.path)
