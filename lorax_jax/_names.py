@@ -3,10 +3,10 @@
 import dataclasses
 import functools
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
-from ._errors import ConfigError, closest
+from ._errors import ConfigError, closest, shorten
 
 Layout = Literal["linear", "conv", "same"]
 Entry = tuple[str, str, Layout]
@@ -47,7 +47,7 @@ class NameMap:
 
     - `"linear"`: theirs is `(d_out, d_in)`, the transpose of ours, `(d_in, d_out)`.
       Where ours has several axes on a side, `(d_in, heads, head_dim)` say, theirs has
-      them flattened into one.
+      them flattened into one. An axis of experts stays in front on both sides.
     - `"conv"`: the kernel of a convolution of any rank; theirs is
       `(d_out, d_in, *window)`, ours `(*window, d_in, d_out)`.
     - `"same"`: the arrays are equal. Embeddings, vectors, GPT-2's `Conv1D` kernels,
@@ -58,7 +58,11 @@ class NameMap:
     table serves a stacked tree and an unrolled one.
 
     A module is what holds a tensor named `weight`: `model.norm` for
-    `model.norm.weight`. Nothing is ever cut out of the middle of a name.
+    `model.norm.weight`. Nothing is ever cut out of the middle of a name. A tensor of
+    another name is a bare parameter of its module, `experts.down_proj` say, which PEFT
+    finds by `target_parameters` and not by `target_modules`. Those of one module are
+    listed in the order in which the module's class makes them: that order is in the
+    keys of PEFT's files.
 
     Args:
         entries: the table; an iterable of triples.
@@ -66,6 +70,12 @@ class NameMap:
             model whose head is tied to an embedding.
         tied: the path of that embedding. `"auto"` takes the table of tokens among the
             entries where it can be told, `None` says that there is no such tie.
+        parameters: tensor names, as `entries` has them, that end in `weight` and are
+            bare parameters all the same: those of modules that PEFT has no layer for,
+            such as the router of a mixture of experts.
+        is_transposed: modules whose attribute of this name is true. PEFT takes the
+            axes of a bare parameter to be `(experts, d_out, d_in)`, and of theirs to be
+            `(experts, d_in, d_out)`.
 
     Raises:
         ConfigError: if an entry is malformed, or a name appears twice.
@@ -77,11 +87,16 @@ class NameMap:
         'model.layers.3.self_attn.q_proj'
         >>> names.path("model.layers.3.self_attn.q_proj.weight")
         'layers/3/q_proj/kernel'
+        >>> experts = NameMap([("layers/{i}/up", "layers.{i}.experts.up", "linear")])
+        >>> experts.parameter("layers/0/up"), names.parameter("layers/3/q_proj/kernel")
+        ('layers.0.experts.up', None)
     """
 
     entries: tuple[Entry, ...]
     head: str = "lm_head"
     tied: str | None = "auto"
+    parameters: tuple[str, ...] = ()
+    is_transposed: tuple[str, ...] = ()
 
     def __post_init__(self):
         entries = tuple(_entry(entry) for entry in self.entries)
@@ -100,6 +115,10 @@ class NameMap:
                     )
                 seen.add(entry[side])
         object.__setattr__(self, "entries", entries)
+        tensors = [entry[1] for entry in entries]
+        modules = [tensor.rpartition(".")[0] for tensor in tensors]
+        for field, known in (("parameters", tensors), ("is_transposed", modules)):
+            object.__setattr__(self, field, _among(field, getattr(self, field), known))
         if self.tied == "auto":
             has_head = self.head + _WEIGHT in {entry[1] for entry in entries}
             object.__setattr__(self, "tied", None if has_head else self.tokens)
@@ -144,6 +163,31 @@ class NameMap:
         """The path of a module's `weight`, or `None`."""
         return self.path(module + _WEIGHT)
 
+    def parameter(self, path: str) -> str | None:
+        """The name of the tensor at `path` if it is a bare parameter, or `None`."""
+        found = self._find(path, 0)
+        if found is None or not self._is_bare(found[0].entry[1]):
+            return None
+        return self.tensor(path)
+
+    def tensors_of(self, module: str) -> list[str]:
+        """The names of a module's own tensors, in the order of the table.
+
+        >>> names = NameMap([("u/{i}", "h.{i}.up", "same"), ("d/{i}", "h.{i}.down",
+        ...                   "same"), ("q", "h.q.weight", "same")])
+        >>> names.tensors_of("h.3")
+        ['h.3.up', 'h.3.down']
+        """
+        return [
+            f"{module}.{entry[1].rpartition('.')[2]}"
+            for entry, owner in zip(self.entries, self._owners, strict=True)
+            if owner.fullmatch(module)
+        ]
+
+    def reads_transposed(self, module: str) -> bool:
+        """Whether the module's attribute `is_transposed` is true."""
+        return any(_compile(name).fullmatch(module) for name in self.is_transposed)
+
     def layout(self, path: str) -> Layout | None:
         """How the arrays at `path` and in the checkpoint relate, or `None`."""
         found = self._find(path, 0)
@@ -152,24 +196,29 @@ class NameMap:
     def expand(self, layers: int) -> "Iterator[Module]":
         """Every module of a model with so many layers.
 
-        Entries that are no module's `weight`, or that count more than layers, are left
-        out.
+        Bare parameters, and entries that count more than layers, are left out.
 
         >>> names = NameMap([("h/{i}/w", "h.{i}.w.weight", "same"),
         ...                  ("h/{i}/b", "h.{i}.w.bias", "same")])
         >>> [(module.path, module.name) for module in names.expand(2)]
         [('h/0/w', 'h.0.w'), ('h/1/w', 'h.1.w')]
         """
-        for tensor in self.tensors(layers):
-            if tensor.name.endswith(_WEIGHT):
-                yield tensor._replace(name=tensor.name.removesuffix(_WEIGHT))
+        for tensor in self._expand(layers, self._is_module):
+            yield tensor._replace(name=tensor.name.removesuffix(_WEIGHT))
+
+    def expand_parameters(self, layers: int) -> "Iterator[Module]":
+        """Every bare parameter of such a model, as `expand` gives modules."""
+        return self._expand(layers, self._is_bare)
 
     def tensors(self, layers: int) -> "Iterator[Module]":
-        """Every tensor of a model with so many layers, as `expand` gives modules."""
+        """Every tensor of such a model, as `expand` gives modules."""
+        return self._expand(layers, lambda tensor: True)
+
+    def _expand(self, layers: int, wanted: Callable[[str], bool]) -> "Iterator[Module]":
         for template in self._templates:
             ours, theirs, layout = template.entry
             names = _PLACEHOLDER.findall(ours)
-            if len(names) > 1:
+            if len(names) > 1 or not wanted(theirs):
                 continue
             pieces = tuple(_PLACEHOLDER.split(ours)[::2])
             for i in range(layers) if names else [None]:
@@ -209,6 +258,19 @@ class NameMap:
             _Template(entry, _compile(entry[0]), _compile(entry[1]))
             for entry in self.entries
         )
+
+    def _is_module(self, tensor: str) -> bool:
+        """Whether an entry's tensor is the weight of a module."""
+        return tensor.endswith(_WEIGHT) and tensor not in self.parameters
+
+    def _is_bare(self, tensor: str) -> bool:
+        """Whether an entry's tensor is no module's weight, and no bias."""
+        return not self._is_module(tensor) and tensor.rpartition(".")[2] != "bias"
+
+    @functools.cached_property
+    def _owners(self) -> tuple[re.Pattern[str], ...]:
+        """For each entry a pattern of the modules that hold its tensor."""
+        return tuple(_compile(entry[1].rpartition(".")[0]) for entry in self.entries)
 
     @functools.cached_property
     def _indexed(self) -> tuple["_Template", ...]:
@@ -300,6 +362,18 @@ def _entry(entry: Any) -> Entry:
                 "be told apart."
             )
     return ours, theirs, layout
+
+
+def _among(field: str, given: Any, known: list[str]) -> tuple[str, ...]:
+    given = (given,) if isinstance(given, str) else tuple(given)
+    for name in given:
+        if name not in known:
+            raise ConfigError(
+                f"`{field}` of `names` has {name!r}, which no entry does. Closest: "
+                f"{shorten(closest(str(name), known, 3))}. Write it as the entries "
+                "have it, placeholders and all."
+            )
+    return given
 
 
 def _compile(template: str) -> re.Pattern[str]:

@@ -40,10 +40,11 @@ def _fill(slot, site, i, arrays, size):
     elif slot.role.kind == "rows":
         arrays["rows"][...] = draw.normal(0, size, arrays["rows"].shape)
     else:
-        a = (*slot.inputs, *slot.role.grouped, site.rank)
-        b = (site.rank, *slot.outputs)
+        a = (*slot.experts, *slot.inputs, *slot.role.grouped, site.rank)
+        b = (*slot.experts, site.rank, *slot.outputs)
+        each = (slice(None),) * len(slot.experts)
         arrays["a"][at][..., : site.rank] = draw.normal(0, size, a)
-        arrays["b"][at][: site.rank] = draw.normal(0, size, b)
+        arrays["b"][at][(*each, slice(site.rank))] = draw.normal(0, size, b)
         if "bias" in arrays:
             arrays["bias"][at] = draw.normal(0, size, slot.outputs)
         if "magnitude" in arrays:

@@ -127,3 +127,24 @@ def equal(one, other):
         x.dtype == y.dtype and np.array_equal(np.asarray(x), np.asarray(y))
         for x, y in zip(left[0], right[0], strict=True)
     )
+
+
+def modules_of(model):
+    """Rank, alpha and scale of everything that PEFT adapts, by name."""
+    found = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A") and module.r:
+            name = name.removeprefix("base_model.model.").replace(".base_layer", "")
+            parameter = getattr(module, "parameter_name", None)
+            name += "" if parameter is None else f".{parameter}"
+            numbers = module.r, module.lora_alpha, module.scaling
+            found[name] = tuple(one["default"] for one in numbers)
+    return found
+
+
+def sites_of(plan, names):
+    """The same of a plan."""
+    return {
+        names.parameter(s.path) or names.module(s.path): (s.rank, s.alpha, s.scale)
+        for s in plan
+    }

@@ -12,9 +12,14 @@ from ._fields import Targets as Targets
 from ._fields import check_fields as check_fields
 from ._fields import flag as flag
 from ._fields import number as number
+from ._from_peft import from_peft as from_peft
 from ._modules import LAYERS as LAYERS
+from ._modules import is_linear as is_linear
+from ._parameters import Parameters as Parameters
+from ._parameters import check_alone as check_alone
+from ._parameters import check_owners as check_owners
+from ._parameters import exact_parameters as exact_parameters
 from ._patterns import condense as condense
 from ._patterns import exact_targets as exact_targets
-from ._rules import from_peft as from_peft
-from ._rules import plain as plain
-from ._rules import to_peft as to_peft
+from ._to_peft import plain as plain
+from ._to_peft import to_peft as to_peft

@@ -76,6 +76,7 @@ _HANDLED = {
     "r",
     "rank_pattern",
     "target_modules",
+    "target_parameters",
     "task_type",
     "trainable_token_indices",
     "use_dora",
@@ -106,7 +107,6 @@ _REFUSED = {
     "layer_replication": "the base's layers are repeated",
     "megatron_config": "the factors are those of Megatron's parallel layers",
     "monteclora_config": "MonteCLoRA keeps a sampler beside the factors",
-    "target_parameters": "factors of expert parameters are packed by another rule",
     "use_bdlora": "a factor is block-diagonal",
     "use_qalora": "QALoRA pools the inputs",
     "velora_config": "VeLoRA keeps projections beside the factors",
@@ -275,7 +275,8 @@ class Targets:
 
     A string is a regex for the whole name. An entry of a list is a whole name or what
     follows a dot in it; entries that are a whole name escape `layers_to_transform`. A
-    module that an entry of `modules_to_save` names, or that is inside one, is left out.
+    module is left out if it is one of `modules_to_save`, or inside one: whole
+    components of its name match an entry, which is a regex there.
 
     Args:
         config: the fields of an `adapter_config.json`.
@@ -293,21 +294,33 @@ class Targets:
     def __init__(self, config: Mapping[str, Any], what: str):
         self.targets = _names_or_regex(config, "target_modules", what)
         self.excluded = _names_or_regex(config, "exclude_modules", what)
-        self.saved = [f".{name}." for name in Whole(config, what).names]
+        self.saved = [
+            compile_pattern(rf"(^|.*\.){name}($|\..*)", name, what)
+            for name in Whole(config, what).names
+        ]
         layers = config.get("layers_to_transform")
         self.layers = [layers] if isinstance(layers, int) else layers or None
-        patterns = config.get("layers_pattern")
-        patterns = [patterns] if isinstance(patterns, str) else patterns or []
+        patterns = config.get("layers_pattern") or []
+        patterns = [patterns] if isinstance(patterns, str) else patterns
         if not _all(self.layers or [], int) or not _all(patterns, str):
             raise CheckpointError(
                 f"{what} has `layers_to_transform` = {layers!r:.80} and "
                 f"`layers_pattern` = {patterns!r:.80}; indices and names are meant."
             )
-        wrapped = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in patterns]
+        narrowed = self.layers is not None or patterns
+        if narrowed and (isinstance(self.targets, str) or self.layers is None):
+            raise CheckpointError(
+                f"{what} has `layers_to_transform` = {layers!r:.80} and "
+                f"`layers_pattern` = {patterns!r:.80} beside `target_modules` = "
+                f"{self.targets!r:.80}. PEFT takes them for a list of targets only, "
+                "and a pattern together with layers. Say which layers in the regex, or "
+                "list the targets."
+            )
+        wrapped = [rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\." for pattern in patterns]
         self._layer = [
             compile_pattern(regex, pattern, what)
             for regex, pattern in zip(wrapped, patterns, strict=True)
-        ] or [re.compile(r".*?\.[^.]*\.(\d+)\.")]
+        ] or [re.compile(r".*?\.[^.]*\.(?P<index>\d+)\.")]
         self._patterns = Patterns((), what)  # its clock
         self._regex = {
             regex: compile_pattern(regex, regex, what)
@@ -322,19 +335,29 @@ class Targets:
 
     def __call__(self, module: str) -> bool:
         """Whether a module of this name is adapted."""
+        if not self.names(module):
+            return False
+        return module in (self.targets or ()) or self.in_layers(module)
+
+    def names(self, module: str) -> bool:
+        """Whether the targets take the module, whatever its layer."""
         if self.targets is None or self.excludes(module):
             return False
-        if not self._hits(self.targets, module):
-            return False
-        if isinstance(self.targets, str) or module in self.targets or not self.layers:
+        return self._hits(self.targets, module)
+
+    def in_layers(self, module: str) -> bool:
+        """Whether the module is in one of the layers."""
+        if not self.layers:
             return True
         found = (pattern.match(module) for pattern in self._layer)
         layer = next((match for match in found if match is not None), None)
-        return layer is not None and int(layer[1]) in self.layers
+        # Patterns are not parenthesized: an alternative may match without an index.
+        index = None if layer is None else layer["index"]
+        return index is not None and int(index) in self.layers
 
     def excludes(self, module: str) -> bool:
         """Whether `exclude_modules` or `modules_to_save` names the module."""
-        if any(name in f".{module}." for name in self.saved):
+        if any(self._patterns.match(name.match, module) for name in self.saved):
             return True
         return self.excluded is not None and self._hits(self.excluded, module)
 

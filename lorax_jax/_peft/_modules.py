@@ -4,7 +4,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from .._names import Module
+from .._names import Module, NameMap
+
+ALL_LINEAR = "all-linear"
+
+# What messages call a configuration that is in no file.
+WHAT = "The PEFT configuration"
 
 # More layers than models have. What holds for all of them is taken to hold always.
 LAYERS = 256
@@ -42,3 +47,14 @@ def takes(pattern: str, module: Module) -> bool:
     """Whether a regex takes a module, by its path or that of a stack of its layers."""
     stacked = "".join(module.around).replace("//", "/")
     return any(re.fullmatch(pattern, path) for path in (module.path, stacked))
+
+
+def is_linear(module: Module, names: NameMap) -> bool:
+    """Whether PEFT's "all-linear" takes a module: a matrix, and not the head.
+
+    A table does not say which of its `"same"` tensors are matrices. Flax calls those
+    `kernel`.
+    """
+    named = module.path.split("/")[-1] == "kernel"
+    matrix = module.layout == "linear" or (module.layout == "same" and named)
+    return matrix and module.name != names.head

@@ -37,7 +37,7 @@ def write_card(folder: Path, base: str | None, sites: Sequence[FileSite]) -> Non
     """
     factors = [site for site in sites if site.low_rank]
     ranks = sorted({site.rank for site in factors})
-    modules = sorted({re.split(r"[./]", site.key)[-1] for site in factors})
+    modules = sorted({re.split(r"[./]", site.target)[-1] for site in factors})
     kind = "DoRA" if any(site.kind == "dora" for site in sites) else "LoRA"
     whole = sorted({_digits(site.path) for site in sites if site.kind == "whole"})
     rows = sum(len(site.ids) for site in sites)

@@ -121,8 +121,8 @@ def modules_to_save(
 
 
 def adapted_modules(sites: Sequence[FileSite]) -> set[str]:
-    """Names of the modules that have factors."""
-    low_rank = [site for site in sites if site.low_rank]
+    """Names of the modules that have factors; bare parameters are none."""
+    low_rank = [site for site in sites if site.low_rank and site.parameter is None]
     return {s.key for s in low_rank} | {s.tied for s in low_rank if s.tied is not None}
 
 

@@ -108,12 +108,13 @@ def _check_agreement(files: AdapterFiles, record: Record) -> None:
     for site in record.sites:
         if not site.low_rank:
             continue
-        rank, _, scale = ranks(site.key)
+        rank, _, scale = ranks(site.target)
         close = abs(scale - site.scale) <= 1e-6 * max(abs(scale), abs(site.scale))
         if rank != site.rank or not close:
             raise CheckpointError(
-                f"{CONFIG} and {TENSORS} in {files.folder} disagree about {site.key}: "
-                f"rank {rank} and scale {scale:g} in the one, {site.rank} and "
+                f"{CONFIG} and {TENSORS} in {files.folder} disagree about "
+                f"{site.target}: rank {rank} and scale {scale:g} in the one, "
+                f"{site.rank} and "
                 f"{site.scale:g} in the other. One of them was changed. To follow the "
                 "configuration, remove the tensors' metadata and give `names`."
             )

@@ -13,8 +13,9 @@ from .._errors import CheckpointError
 from .._names import NameMap
 from ..adapters import Adapter
 from ..planning import Plan
-from . import _kernels
+from . import _kernels, _packed
 from ._arrays import Tensors, shapes
+from ._edited import edited
 from ._files import TENSORS, AdapterFiles, open_adapter
 from ._fingerprint import differ, fingerprints
 from ._keys import PREFIX, explain
@@ -122,6 +123,7 @@ class Loading:
 
     def run(self, strict: bool) -> tuple[Adapter, Receipt]:
         sites = self._sites()
+        self.changed += edited(self.files, self.names, self.tree)
         placed = self._place(sites)
         fit = [place for place in placed if self._fits(place)]
         fit = self._one_dtype(fit)
@@ -233,6 +235,8 @@ class Loading:
                     f"{site.key} is a kernel with {len(site.order)} input axes, and "
                     f"{site.path} has {len(slot.inputs)}"
                 )
+        if site.parameter is not None:
+            wanted = _packed.shapes(site.mirrored, wanted)
         if site.transposed:
             wanted = {"whole": _kernels.shape_turned(wanted["whole"])}
         for name, key in site.keys(self.prefix).items():
@@ -384,6 +388,8 @@ class Loading:
             found["whole"] = _kernels.turned_back(found["whole"])
         if place.site.ids:
             found["rows"] = found["rows"][np.argsort(place.site.ids)]
+        if place.site.parameter is not None:
+            return _packed.to_ours(place.site.mirrored, place.slot.experts, found)
         order = place.site.order
         return found if order is None else _kernels.to_ours(order, found)
 

@@ -57,6 +57,12 @@ def load_onto(
                 f"The keys of {files.folder} are paths. Give `names`, a table of "
                 "(path, tensor name, layout), or save the adapter with `names`."
             )
+        if files.config.get("target_parameters"):
+            raise CheckpointError(
+                f"{files.what} has `target_parameters`, and a checkpoint alone does "
+                "not say how those lie, nor in which order a module has them. Give "
+                "`names`, a table of (path, tensor name, layout)."
+            )
         names = _own_names(files, base)
         if record is not None:
             sites = tuple(
@@ -143,6 +149,8 @@ def _leaf(
     leaf = base.mapped(tensor)
     if is_turned(names.layout(path), leaf.ndim):
         leaf = turned_back(leaf)
+    elif names.layout(path) == "linear" and leaf.ndim == 3:  # experts stay in front
+        leaf = leaf.swapaxes(1, 2)
     sites = files.record.sites if files.record is not None else ()
     shape = next((s.part.shape for s in sites if s.path == path and s.part), leaf.shape)
     if shape == leaf.shape or math.prod(shape) != math.prod(leaf.shape):

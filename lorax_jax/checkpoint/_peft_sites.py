@@ -14,6 +14,7 @@ from ._files import TENSORS, AdapterFiles
 from ._kernels import check_groups, order_in
 from ._keys import keys, parse, prefix_of
 from ._peft_copies import peft_copies
+from ._peft_parameters import packed_sites
 from ._record import FileSite
 from ._resolve import Tree
 from ._safetensors import Reader
@@ -72,6 +73,8 @@ def peft_sites(
         parsed = parse(key, prefix)
         if parsed is not None:
             modules.setdefault(parsed.module, parsed.table)
+    packed = packed_sites(files, names, tree, plan, modules)
+    modules = {m: table for m, table in modules.items() if m not in packed.keys}
     tied = _tied(names, tree, plan)
     table = None if tied is None else names.module(tied)
     shared = table is not None and _is_shared(files, names, table, prefix, plan)
@@ -126,10 +129,11 @@ def peft_sites(
         list(keys(m, kind=kind, table=table, bias=bias, prefix=prefix).values())
         for m, table in _promised(files, names, tree, tied, modules).items()
     ]
+    lost += [list(keys(m, prefix=prefix).values()) for m in packed.missing]
     copies = peft_copies(files, names, tree, set(modules), prefix)
     lost += [[key] for key in copies.missing]
     missing = [key for keys_ in lost for key in keys_]
-    whole = [*sites, *copies.sites]
+    whole = [*sites, *packed.sites, *copies.sites]
     return Found(prefix, whole, missing, len(lost), copies.bias)
 
 

@@ -34,6 +34,7 @@ class Piece:
         axis: where `(d_in, d_out)` counts those rows.
         kernel: whether the tensor is a convolution's, `(d_out, ...)`, whose other axes
             are flattened to `d_in` here.
+        expert: which part of a tensor of experts it changes, or `None` for all of it.
     """
 
     tensor: str
@@ -46,6 +47,7 @@ class Piece:
     ids: tuple[int, ...] = ()
     axis: int = 0
     kernel: bool = False
+    expert: int | None = None
 
     @property
     def is_copy(self) -> bool:
@@ -63,6 +65,8 @@ class Piece:
 
     def fits(self, shape: tuple[int, ...]) -> bool:
         """Whether the tensor may have this shape."""
+        if self.expert is not None:
+            return self.expert < shape[0] and shape[1:] == self.shape
         if self.kind != "rows":
             return (matrix_of(shape) if self.kernel else shape) == self.shape
         ours = shape if self.layout == "same" else shape[::-1]

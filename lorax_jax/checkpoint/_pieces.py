@@ -1,24 +1,25 @@
 """Adapters as the changes that they make to a checkpoint's tensors."""
 
 import itertools
-import math
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from .._errors import AdapterError, CheckpointError, closest, shorten
 from .._names import Layout, NameMap
-from ..adapters import Adapter, Fixed, check_parts
+from ..adapters import Adapter, Fixed, Role, check_parts
 from ..planning import Slot
 from ._arrays import host
 from ._base_folder import BaseFolder
 from ._files import open_adapter
 from ._kernels import is_turned, order_of, turned
+from ._layouts import tensor_layout
 from ._onto_base import existing, load_onto
 from ._piece import Piece
-from ._sites import part_of, tensor_layout
+from ._sites import part_of
 
 _WEIGHT = ".weight"
 
@@ -65,21 +66,25 @@ def _of_adapter(adapter: Adapter, base: BaseFolder, names: NameMap) -> Iterator[
         _check_matrices(name, adapter.train[name], fixed)
         train = {key: host(array) for key, array in adapter.train[name].items()}
         for index, arrays in _layers(train, fixed):
-            path = _virtual(fixed.role.path, index, names)
-            source = existing(names.tensor(path) or "", base)
-            if fixed.role.kind == "whole":
-                yield _copy(arrays["whole"], source, names.layout(path))
-            elif "a" not in arrays or arrays["a"].shape[-1]:
-                yield from _change(name, fixed, index, arrays, source, base, names)
+            for path, expert, held in _experts(fixed.role, index, arrays, names):
+                source = existing(names.tensor(path) or "", base)
+                if fixed.role.kind == "whole":
+                    yield _copy(held["whole"], source, names.layout(path))
+                elif "a" not in held or held["a"].shape[-1]:
+                    found = _change(name, fixed, index, held, path, source, base, names)
+                    yield from (replace(piece, expert=expert) for piece in found)
 
 
 def _check_matrices(name: str, train: Mapping[str, Any], fixed: Fixed) -> None:
-    batch, stack = len(fixed.role.batch), fixed.role.stack
-    if batch > stack:
-        count = math.prod(next(iter(train.values())).shape[stack:batch])
+    role = fixed.role
+    experts = role.batch[role.stack :]
+    first = next(axis for axis in itertools.count() if axis not in role.stacked)
+    if experts not in ((), (first,)):
+        shape = next(iter(train.values())).shape[role.stack : len(role.batch)]
         raise AdapterError(
-            f"{name!r} has factors for each of {count} experts, whose tensors a name "
-            "table cannot list. Merge it in memory: `lj.merge(params, adapter)`."
+            f"{name!r} has factors for each of {shape} experts, at the axes {experts}: "
+            "a checkpoint has one axis of them, in front, or a tensor for each. Merge "
+            "it in memory: `lj.merge(params, adapter)`."
         )
     if fixed.role.groups > 1:
         raise AdapterError(
@@ -108,8 +113,36 @@ def _layers(
         if "a" in found:
             rank = host(fixed["rank"])[index]
             found["a"] = found["a"][..., :rank]
-            found["b"] = found["b"][:rank]
+            each = (slice(None),) * (len(role.batch) - role.stack)
+            found["b"] = found["b"][(*each, slice(rank))]
         yield index, found
+
+
+def _experts(
+    role: Role,
+    index: tuple[int, ...],
+    arrays: dict[str, np.ndarray],
+    names: NameMap,
+) -> Iterator[tuple[str, int | None, dict[str, np.ndarray]]]:
+    """The paths of a layer's tensors, and the arrays that are for each.
+
+    Experts are in one tensor, of which each changes its part, or have one of their own:
+    the name table has a path for the layer, or one for every expert in it.
+
+    Yields:
+        The path, which expert's part of its tensor it is (`None` for the whole), and
+        the arrays.
+    """
+    if len(role.batch) == role.stack:
+        yield _virtual(role.path, index, names), None, arrays
+        return
+    packed = _virtuals(role.path, index, names)
+    for expert in range(len(next(iter(arrays.values())))):
+        held = {key: array[expert] for key, array in arrays.items()}
+        if packed:
+            yield _virtual(role.path, index, names), expert, held
+        else:
+            yield _virtual(role.path, (*index, expert), names), None, held
 
 
 def _copy(whole: np.ndarray, tensor: str, layout: Layout | None) -> Piece:
@@ -128,15 +161,15 @@ def _change(
     fixed: Fixed,
     index: tuple[int, ...],
     arrays: dict[str, np.ndarray],
+    path: str,
     source: str,
     base: BaseFolder,
     names: NameMap,
 ) -> Iterator[Piece]:
-    """The changes of one site with factors, or with trained rows."""
-    role = fixed.role
-    slot = Slot(role, _shape(arrays, fixed), None, ())
+    """The changes of one site with factors, or with trained rows; of one expert's."""
+    role = _without_experts(fixed.role)
+    slot = Slot(role, _shape(arrays, role), None, ())
     tensor = f"{names.head}{_WEIGHT}" if role.use == "head" else source
-    path = _virtual(role.path, index, names)
     part = part_of(slot)
     order = None
     if role.kind != "rows":
@@ -175,9 +208,23 @@ def _change(
         yield Piece(shifted, shifted, "shift", {"bias": bias}, scale)
 
 
-def _shape(arrays: Mapping[str, np.ndarray], fixed: Fixed) -> tuple[int, ...]:
+def _without_experts(role: Role) -> Role:
+    """The roles in a leaf that lacks the axis of experts."""
+    experts = role.batch[role.stack :]
+
+    def left(axes: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(axis - sum(e < axis for e in experts) for axis in axes)
+
+    return replace(
+        role,
+        inputs=left(role.inputs),
+        outputs=left(role.outputs),
+        batch=left(role.stacked),
+    )
+
+
+def _shape(arrays: Mapping[str, np.ndarray], role: Role) -> tuple[int, ...]:
     """The shape of a leaf whose stacks are of one layer, as its arrays describe it."""
-    role = fixed.role
     shape = dict.fromkeys(role.stacked, 1)
     if role.kind == "rows":
         sizes = (1, *arrays["rows"].shape[1:])
@@ -191,6 +238,19 @@ def _shape(arrays: Mapping[str, np.ndarray], fixed: Fixed) -> tuple[int, ...]:
 
 def _virtual(path: str, layer: tuple[int, ...], names: NameMap) -> str:
     """The path of one layer of a leaf: the one that the name table knows."""
+    found = _virtuals(path, layer, names)
+    if len(found) != 1:
+        near = closest(path, [entry[0] for entry in names.entries], 3)
+        where = f", layer {layer[0]}" if layer else ""
+        raise CheckpointError(
+            f"`names` has {'no' if not found else 'more than one'} tensor for "
+            f"{path!r}{where}. Closest: {shorten(near)}."
+        )
+    return found[0]
+
+
+def _virtuals(path: str, layer: tuple[int, ...], names: NameMap) -> list[str]:
+    """The paths that a layer of a leaf may have, of those in the name table."""
     index = [str(n) for n in layer]
     parts = path.split("/")
     depths = itertools.combinations_with_replacement(range(len(parts)), len(index))
@@ -201,11 +261,4 @@ def _virtual(path: str, layer: tuple[int, ...], names: NameMap) -> str:
             whole.insert(depth, number)
         if names.tensor("/".join(whole)) is not None:
             found.append("/".join(whole))
-    if len(found) != 1:
-        near = closest(path, [entry[0] for entry in names.entries], 3)
-        where = f", layer {index[0]}" if index else ""
-        raise CheckpointError(
-            f"`names` has {'no' if not found else 'more than one'} tensor for "
-            f"{path!r}{where}. Closest: {shorten(near)}."
-        )
-    return found[0]
+    return found

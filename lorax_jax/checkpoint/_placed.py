@@ -1,10 +1,12 @@
 """A plan's sites as a file has them, and where they are."""
 
+import dataclasses
 from typing import NamedTuple
 
 from .._names import NameMap
 from ..planning import Plan, Slot
 from ._copies import adapted_modules, copy_site
+from ._packed import keys_of
 from ._record import FileSite
 from ._sites import factor_site
 
@@ -44,9 +46,25 @@ def placed_sites(plan: Plan, names: NameMap | None) -> list[Placed]:
         for site, slot, i in sites
         if site.rank
     ]
+    if names is not None:
+        found = _nested(found, names)
     adapted = adapted_modules([place.site for place in found])
     return found + [
         Placed(copy_site(slot, site, names, adapted), slot, i)
         for site, slot, i in sites
         if not site.rank
     ]
+
+
+def _nested(placed: list[Placed], names: NameMap) -> list[Placed]:
+    """The same, where several bare parameters of a module have keys of their own."""
+    bare = {place.site.parameter for place in placed} - {None}
+    keys: dict[str, str] = {}
+    for module in {tensor.rpartition(".")[0] for tensor in bare if tensor}:
+        keys |= keys_of(module, names, bare.__contains__)
+
+    def renamed(site: FileSite) -> FileSite:
+        key = keys.get(site.parameter or "", site.key)
+        return dataclasses.replace(site, key=key)
+
+    return [place._replace(site=renamed(place.site)) for place in placed]

@@ -26,6 +26,9 @@ VERSION = 2
 Keys = Literal["peft", "paths"]
 BIASES = ("none", "all", "lora_only")
 
+# What PEFT's wrappers of bare parameters add to the names of what they wrap.
+BASE_LAYER = ".base_layer"
+
 # A table has some 10^5 rows.
 _MOST_ROWS = 1 << 20
 
@@ -81,6 +84,9 @@ class FileSite:
             ours is `(*window, d_in, d_out)`.
         order: of a convolution's kernel with PEFT's keys: for each axis of its A behind
             the rank, which of our input axes it is.
+        parameter: of a bare parameter with PEFT's keys: the tensor's name. Its factors
+            are packed; see `_packed.py`.
+        mirrored: whether PEFT's A runs along our outputs there.
         turned: where `part` is not said: our array is `(d_out, d_in)`. Not recorded.
     """
 
@@ -100,6 +106,8 @@ class FileSite:
     ids: tuple[int, ...] = ()
     transposed: bool = False
     order: tuple[int, ...] | None = None
+    parameter: str | None = None
+    mirrored: bool = False
     turned: bool = False
 
     @property
@@ -111,6 +119,11 @@ class FileSite:
     def low_rank(self) -> bool:
         """Whether it has factors."""
         return self.rank > 0
+
+    @property
+    def target(self) -> str:
+        """What PEFT's configuration calls it: the module, or the bare parameter."""
+        return self.parameter or self.key
 
     def keys(self, prefix: str = PREFIX) -> dict[str, str]:
         """The keys of its tensors, by the names of its arrays."""
@@ -143,7 +156,10 @@ class Record:
 
     def encode(self) -> dict[str, str]:
         """The header's metadata."""
-        plain = all(site.kind == "lora" and not site.bias for site in self.sites)
+        plain = all(
+            site.kind == "lora" and not site.bias and site.parameter is None
+            for site in self.sites
+        )
         whole = {"version": 1 if plain else VERSION, **dataclasses.asdict(self)}
         if self.bias == "none":
             del whole["bias"]
@@ -158,7 +174,13 @@ class Record:
         return {"format": "pt", FIELD: json.dumps(whole, separators=(",", ":"))}
 
 
-_USUAL: dict[str, Any] = {"kind": "lora", "bias": False, "ids": (), "transposed": False}
+_USUAL: dict[str, Any] = {
+    "kind": "lora",
+    "bias": False,
+    "ids": (),
+    "transposed": False,
+    "mirrored": False,
+}
 
 
 def decode(text: Any, what: str) -> Record:
@@ -219,10 +241,17 @@ def _site(site: Any, what: str) -> FileSite:
         count = len(order) if axes is None else len(axes.inputs)
         if not least or len(order) < 2 or sorted(order) != [*range(count)]:
             raise read.bad("`order`", order)
+    key, parameter = read("key", str), read("parameter", str, optional=True)
+    if parameter is not None:
+        module = parameter.rpartition(".")[0]
+        wrapped = key.removeprefix(module).replace(BASE_LAYER, "")
+        many = axes is None or len(axes.batch) > 1 or axes.groups is not None
+        if wrapped or not key.startswith(module) or many or kind != "lora" or bias:
+            raise read.bad("`parameter`", (parameter, key, kind))
     return FileSite(
         path=read("path", str),
         use=read("use", str, ("lookup", "head"), optional=True),
-        key=read("key", str),
+        key=key,
         tied=read("tied", str, optional=True),
         table=read("table", bool),
         rank=rank,
@@ -236,6 +265,8 @@ def _site(site: Any, what: str) -> FileSite:
         ids=ids,
         transposed=bool(read("transposed", bool, optional=True)),
         order=order,
+        parameter=parameter,
+        mirrored=bool(read("mirrored", bool, optional=True)),
     )
 
 

@@ -15,6 +15,7 @@ from .._errors import AdapterError, CheckpointError
 from .._names import NameMap
 from ..adapters import Adapter, Fixed, is_weight
 from ..planning import Plan
+from . import _packed
 from ._arrays import Tensors, host, split
 from ._atomic import check_space, replacing
 from ._beside import write_card, write_tokenizer
@@ -23,11 +24,11 @@ from ._files import CONFIG, OURS, TENSORS
 from ._fingerprint import fingerprints
 from ._kernels import to_theirs, turned
 from ._keys import PREFIX
+from ._layouts import tensor_layout
 from ._placed import Placed, placed_sites
 from ._record import FileSite, Record
 from ._resolve import is_index
 from ._safetensors import Writer, code_of
-from ._sites import tensor_layout
 
 
 def save_adapter(
@@ -50,8 +51,9 @@ def save_adapter(
       `base_model.model.m.lora_B.weight`, `(d_out, r)`, our `b` transposed. Embeddings
       have `.lora_embedding_A`, `(r, rows)`, and `.lora_embedding_B`. Several input or
       output axes are flattened into one, but for kernels of convolutions, whose A is
-      `(r, d_in, *window)` and whose B is `(d_out, r, 1, ...)`. Stacks are written layer
-      by layer at true ranks, in the dtype that they are stored in.
+      `(r, d_in, *window)` and whose B is `(d_out, r, 1, ...)`. A bare parameter of
+      experts has A `(experts * r, d_in)` and B `(d_out, r * experts)`. Stacks are
+      written layer by layer at true ranks, in the dtype that they are stored in.
     - `adapter_config.json`: `r`, `lora_alpha` and patterns from which PEFT finds
       exactly these ranks and scales, and whole module names as targets.
     - `README.md`, a model card, unless there is one.
@@ -178,6 +180,8 @@ def _contents(
             sites.append(site)
             if site.order is not None:
                 held = to_theirs(site.order, slot.inputs, held)
+            if site.parameter is not None:
+                held = _packed.to_theirs(site.mirrored, held)
             tensors |= _tensors(site, held, PREFIX if peft else "")
     # In the order of paths, so that stacked and unrolled models write the same file.
     return sorted(
@@ -213,16 +217,17 @@ def _config(sites: Sequence[FileSite], names: NameMap, plan: Plan) -> dict[str, 
     values: dict[str, FileSite] = {}
     for site in sites:
         if site.low_rank:
-            values[site.key] = site
+            values[site.target] = site
             if site.tied is not None:
                 values[site.tied] = site
     ranks = {module: site.rank for module, site in values.items()}
     alphas = {module: _peft.plain(site.alpha) for module, site in values.items()}
     rates = {module: site.dropout for module, site in values.items()}
     rank, alpha, rate = (_most_common(v) for v in (ranks, alphas, rates))
-    known = [module.name for module in names.expand(_peft.LAYERS)]
-    others = set(known) - set(values)
-    return _peft.DEFAULTS | {
+    bare = [name for name, site in values.items() if site.parameter is not None]
+    modules = [name for name in values if name not in set(bare)]
+    known = {module.name for module in names.expand(_peft.LAYERS)} | set(values)
+    fields = _peft.DEFAULTS | {
         "r": rank,
         "lora_alpha": alpha,
         "rank_pattern": _peft.condense(ranks, rank),
@@ -237,10 +242,18 @@ def _config(sites: Sequence[FileSite], names: NameMap, plan: Plan) -> dict[str, 
             site.key: list(site.ids) for site in sites if site.kind == "rows"
         }
         or None,
-        "target_modules": _peft.exact_targets(list(values), others),
+        # An empty list, not null: PEFT would add what it usually adapts.
+        "target_modules": _peft.exact_targets(modules, known - set(modules)),
+        "target_parameters": bare or None,
         "ensure_weight_tying": any(site.tied is not None for site in sites),
         "fan_in_fan_out": any(_is_conv1d(site, names) for site in values.values()),
     }
+    if bare:
+        tensors = {tensor.name for tensor in names.tensors(_peft.LAYERS)}
+        _peft.exact_parameters(bare, tensors - set(bare))
+        _peft.check_alone(fields, "The adapter")
+        _peft.check_owners(modules, bare, "The adapter")
+    return fields
 
 
 def _alike(asked: Mapping[str, bool]) -> bool:
@@ -258,7 +271,8 @@ def _alike(asked: Mapping[str, bool]) -> bool:
 def _is_conv1d(site: FileSite, names: NameMap) -> bool:
     """Whether PEFT's module keeps its weight as `(d_in, d_out)`."""
     layout = names.layout(site.path)
-    if site.table or site.use is not None or site.part is None or layout is None:
+    inside = site.use is not None or site.parameter is not None
+    if site.table or inside or site.part is None or layout is None:
         return False
     return tensor_layout(layout, site.part) == "same"
 

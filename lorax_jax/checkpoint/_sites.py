@@ -3,9 +3,10 @@
 import math
 
 from .._errors import CheckpointError, closest, shorten
-from .._names import Layout, NameMap
+from .._names import NameMap
 from ..planning import Plan, Site, Slot
 from ._kernels import order_of
+from ._packed import is_mirrored
 from ._record import FileSite, Part
 
 
@@ -32,15 +33,23 @@ def factor_site(plan: Plan, slot: Slot, site: Site, names: NameMap | None) -> Fi
     """
     table = site.role.lookup
     tied = order = None
+    parameter = None if names is None else names.parameter(site.path)
+    mirrored = False
     if names is None:
         key = f"{site.path}@{site.use}" if site.use else site.path
         table = False
+    elif parameter is not None:
+        _check_packable(slot, site)
+        key = parameter.rpartition(".")[0]
+        mirrored = is_mirrored(parameter, site.path, part_of(slot), names)
     else:
         if slot.experts:
             raise CheckpointError(
                 f"{site.path!r} has factors for each of {math.prod(slot.experts)} "
-                "experts, which PEFT's keys cannot name one by one. Leave `names` out "
-                "for a file with our paths, or merge the adapter for export."
+                f"experts, and `names` calls it {names.tensor(site.path)!r}, for which "
+                "PEFT has no more than two matrices. If that is a bare parameter, say "
+                "so: `NameMap(names, parameters=[...])`. Else leave `names` out for a "
+                "file with our paths, or merge the adapter for export."
             )
         if slot.role.groups > 1:
             raise CheckpointError(
@@ -90,23 +99,31 @@ def factor_site(plan: Plan, slot: Slot, site: Site, names: NameMap | None) -> Fi
         kind=site.role.kind,
         bias=slot.bias,
         order=order,
+        parameter=parameter,
+        mirrored=mirrored,
     )
 
 
-def tensor_layout(layout: Layout, part: Part) -> Layout | None:
-    """How a checkpoint's tensor lies: `"same"` for `(d_in, d_out)`, else `"linear"`.
-
-    The table's layout relates it to our array, and the roles say how that lies.
-
-    Returns:
-        The layout, or `None` where input and output axes alternate.
-    """
-    axes = tuple(range(len(part.inputs) + len(part.outputs)))
-    if (*part.inputs, *part.outputs) == axes:
-        return layout
-    if (*part.outputs, *part.inputs) == axes:
-        return "linear" if layout == "same" else "same"
-    return None
+def _check_packable(slot: Slot, site: Site) -> None:
+    """PEFT adds to a bare parameter; of its other kinds it has none there."""
+    odd = [
+        what
+        for what, holds in (
+            ("is looked up", site.role.lookup),
+            ("is DoRA", site.role.kind == "dora"),
+            ("has a bias of B", slot.bias),
+            ("drops inputs of A", bool(site.dropout)),
+            ("is grouped", slot.role.groups > 1),
+            ("is tied", site.use is not None),
+        )
+        if holds
+    ]
+    if odd:
+        raise CheckpointError(
+            f"{site.path!r} is a bare parameter by `names`, and its adapter "
+            f"{shorten(odd)}: PEFT's `target_parameters` cannot. Leave `names` out for "
+            "a file with our paths."
+        )
 
 
 def module_of(path: str, names: NameMap) -> str:

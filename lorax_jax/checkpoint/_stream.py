@@ -104,6 +104,8 @@ def merged(
     """
     if any(piece.is_copy for piece, _ in pieces):
         return _vector(tensor, pieces, dtype, safe)
+    if pieces[0][0].expert is not None:
+        return _of_experts(tensor, pieces, dtype, safe)
     result = tensor if tensor.dtype == dtype else np.empty(tensor.shape, dtype)
     turned = pieces[0][0].layout == "linear"
     ours, out = tensor, result
@@ -129,6 +131,24 @@ def merged(
         for rows in blocks[:-1]:
             out[rows] = block(rows)
         out[blocks[-1]] = last
+    return result
+
+
+def _of_experts(
+    tensor: np.ndarray,
+    pieces: Sequence[tuple[Piece, float]],
+    dtype: np.dtype,
+    safe: bool,
+) -> np.ndarray:
+    """A tensor of experts, one after the other."""
+    result = tensor if tensor.dtype == dtype else np.empty(tensor.shape, dtype)
+    for expert in range(len(tensor)):
+        own = [
+            (dataclasses.replace(piece, expert=None), weight)
+            for piece, weight in pieces
+            if piece.expert == expert
+        ]
+        result[expert] = merged(tensor[expert], own, dtype, safe)
     return result
 
 

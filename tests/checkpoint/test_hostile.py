@@ -86,7 +86,6 @@ REFUSED = {
     "layer_replication": [[0, 2], [1, 2]],
     "megatron_config": {"a": 1},
     "monteclora_config": {"num_samples": 2},
-    "target_parameters": ["experts.gate_up_proj"],
     "use_bdlora": {"nblocks": 2},
     "use_qalora": True,
     "velora_config": {"num_groups": 4},
@@ -154,6 +153,7 @@ FIELDS = {
     "rank_pattern": ([[1], "x", {"q_proj": 0}, {"q_proj": 10**9}], "rank|no object"),
     "alpha_pattern": ([{"q_proj": "x"}, {"q_proj": None}], "no finite number"),
     "target_modules": ([3, [1], {"a": 1}], "a regex or a list of names is meant"),
+    "target_parameters": (["w", [1], {"a": 1}, [""], 3], "a list of names of param"),
     "layers_to_transform": (["1", [1.5]], "indices and names are meant"),
     "layers_pattern": ([[3]], "indices and names are meant"),
 }

@@ -378,6 +378,82 @@ def test_an_edited_configuration_is_noticed(make, tmp_path):
         lj.load_adapter(folder, made.params)
 
 
+Q0, Q1 = (f"model.layers.{i}.self_attn.q_proj" for i in (0, 1))
+
+# Fields to change, what is noticed with a name table, and whether it is without one.
+EDITS = {
+    "fewer": (
+        {"target_modules": [Q0]},
+        "model.layers.0.mlp.up_proj has factors, and adapter_config.json does not",
+        True,
+    ),
+    "a suffix that takes more": (
+        {"target_modules": ["q_proj", "k_proj"]},
+        "model.layers.0.self_attn.k_proj has no factors, and adapter_config.json",
+        True,
+    ),
+    "another module": (
+        {"target_modules": [Q0, "lm_head"]},
+        "lm_head (has no factors|is no module of the file), and",
+        True,
+    ),
+    "a regex of more": (
+        {"target_modules": r".*(1\..*|0\.mlp\..*|0\.self_attn\.q)_proj|lm_head"},
+        "lm_head has no factors, and",
+        False,
+    ),
+    "a regex of fewer": (
+        {"target_modules": r".*layers\.0\..*_proj"},
+        "model.layers.1.self_attn.q_proj has factors, and",
+        True,
+    ),
+    "layers": (
+        {"layers_to_transform": [0]},
+        "layers.1.self_attn.q_proj has factors, and `layers_to_transform` leaves it",
+        True,
+    ),
+    "excluded": (
+        {"exclude_modules": ["layers.1.self_attn.q_proj"]},
+        "layers.1.self_attn.q_proj has factors, and adapter_config.json does not",
+        True,
+    ),
+    "all-linear": (
+        {"target_modules": "all-linear"},
+        "model.layers.0.self_attn.k_proj has no factors, and",
+        False,
+    ),
+    "nothing": (
+        {"target_modules": None},
+        "model.layers.0.self_attn.q_proj has factors, and",
+        True,
+    ),
+    "parameters": (
+        {"target_parameters": ["k_proj.weight"]},
+        "model.layers.0.self_attn.k_proj.weight has no factors, and",
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+def test_edited_targets_are_noticed(make, tmp_path, edit, scan):
+    made = make("llama", scan=scan)
+    change, message, always = EDITS[edit]
+    folder = made.save(tmp_path)
+    lj.load_adapter(folder, made.params, names=made.names)  # as it was written
+    reconfigure(folder, **change)
+    with pytest.raises(CheckpointError, match=rf"changed +.*{message}"):
+        lj.load_adapter(folder, made.params, names=made.names)
+    if always:
+        with pytest.raises(CheckpointError, match="changed +.*, and"):
+            lj.load_adapter(folder, made.params)
+    else:
+        lj.load_adapter(folder, made.params)
+    _, receipt = lj.load_adapter(folder, made.params, names=made.names, strict=False)
+    assert receipt.changed and receipt.sites == len(made.plan)
+
+
 def test_the_metadata_is_enough(make, equal, tmp_path):
     made = make("tied", scan=True, rslora=True)
     folder = made.save(tmp_path)

@@ -166,3 +166,43 @@ def test_the_closest_names():
 def test_its_entries_are_what_it_iterates_over():
     entries = [("h/{i}/w", "h.{i}.w.weight", "same"), ("n", "n.weight", "same")]
     assert list(NameMap(tuple(entries))) == entries
+
+
+# --- Bare parameters ------------------------------------------------------------------
+
+MOE = NameMap(
+    [
+        ("l/{i}/gate", "m.{i}.gate.weight", "linear"),
+        ("l/{i}/q", "m.{i}.q.weight", "linear"),
+        ("l/{i}/b", "m.{i}.q.bias", "same"),
+        ("l/{i}/up", "m.{i}.experts.up", "linear"),
+        ("l/{i}/down", "m.{i}.experts.down", "linear"),
+        ("l/{i}/each/{e}/w", "m.{i}.each.{e}.w", "linear"),
+    ],
+    parameters="m.{i}.gate.weight",
+    is_transposed=["m.{i}.experts"],
+)
+
+
+def test_which_tensors_are_bare():
+    assert MOE.parameter("l/3/up") == "m.3.experts.up"
+    assert MOE.parameter("l/3/gate") == "m.3.gate.weight"
+    assert MOE.parameter("l/3/q") is MOE.parameter("l/3/b") is None
+    assert MOE.parameter("nowhere") is None
+    assert [m.name for m in MOE.expand(1)] == ["m.0.q"]
+    found = [t.name for t in MOE.expand_parameters(1)]
+    assert found == ["m.0.gate.weight", "m.0.experts.up", "m.0.experts.down"]
+
+
+def test_a_modules_tensors_keep_their_order():
+    assert MOE.tensors_of("m.12.experts") == ["m.12.experts.up", "m.12.experts.down"]
+    assert MOE.tensors_of("m.x.experts") == []
+    assert MOE.reads_transposed("m.12.experts") and not MOE.reads_transposed("m.12.q")
+
+
+@pytest.mark.parametrize("field", ["parameters", "is_transposed"])
+def test_bare_parameters_are_those_of_the_table(field):
+    with pytest.raises(
+        ConfigError, match=rf"`{field}` of `names` has 'm.0.gat'.*m\.{{i}}"
+    ):
+        NameMap(MOE.entries, **{field: ["m.0.gat"]})
