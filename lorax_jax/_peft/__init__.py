@@ -11,10 +11,12 @@ from ._fields import Ranks as Ranks
 from ._fields import Targets as Targets
 from ._fields import check_fields as check_fields
 from ._fields import flag as flag
+from ._fields import layer_replication as layer_replication
 from ._fields import number as number
 from ._modules import LAYERS as LAYERS
 from ._patterns import condense as condense
 from ._patterns import exact_targets as exact_targets
+from ._rules import as_lists as as_lists
 from ._rules import from_peft as from_peft
 from ._rules import plain as plain
 from ._rules import to_peft as to_peft

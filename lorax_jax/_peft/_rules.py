@@ -12,8 +12,17 @@ from typing import Any
 
 from .._errors import CheckpointError, ConfigError, closest, shorten
 from .._names import Module, NameMap
+from .._ranges import Ranges
 from ._copies import beside_from_peft, beside_to_peft
-from ._fields import DEFAULTS, Ranks, Targets, check_fields, flag, number
+from ._fields import (
+    DEFAULTS,
+    Ranks,
+    Targets,
+    check_fields,
+    flag,
+    layer_replication,
+    number,
+)
 from ._modules import LAYERS, group, takes
 from ._patterns import condense, endings, short_targets
 
@@ -55,6 +64,7 @@ def _from_peft(config: Mapping[str, Any], names: NameMap) -> dict[str, Any]:
         "dora": flag(config, "use_dora", _WHAT),
         "lora_bias": flag(config, "lora_bias", _WHAT),
         "init": init.lower() if isinstance(init, str) else init is not False,
+        "layer_replication": layer_replication(config, _WHAT),
         "targets": None,
     }
     modules = list(names.expand(LAYERS))
@@ -188,6 +198,7 @@ def to_peft(config: Any, names: NameMap) -> dict[str, Any]:
         "use_rslora": config.rslora,
         "lora_bias": config.lora_bias,
         "init_lora_weights": _init(config.init),
+        "layer_replication": as_lists(config.layer_replication),
     }
     if config.rules is None:
         fields |= {"lora_dropout": config.dropout, "use_dora": config.dora}
@@ -286,6 +297,11 @@ def _only(field: str, values: set[Any]) -> Any:
 
 def _init(init: Any) -> Any:
     return True if init in (True, "kaiming") else False if init == "random" else init
+
+
+def as_lists(ranges: Ranges | None) -> list[list[int]] | None:
+    """Ranges of layers as JSON has them."""
+    return None if ranges is None else [list(pair) for pair in ranges]
 
 
 def plain(value: float) -> int | float:

@@ -13,11 +13,11 @@ ROOT = Path(lorax_jax.__file__).parent
 # it in this list; rooms on one line do not import each other.
 LEVELS = [
     {"_errors"},
-    {"_paths", "_json"},
+    {"_paths", "_json", "_ranges"},
     {"structure", "_names"},
     {"_peft"},
     {"_config", "quant", "models", "_functional"},
-    {"adapters"},
+    {"adapters", "replication"},
     {"transform"},
     {"initializers"},
     {"planning"},
