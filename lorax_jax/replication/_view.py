@@ -130,7 +130,7 @@ class Replicated(Base):
             return self._consume_one(x, op)
         layer = self._layers()
         if layer is not None and isinstance(op, Dot) and op.out_sharding is None:
-            if op.roles.get(layer) == "batch":
+            if op.roles.get(layer) != "in":
                 return self._consume_each(x, op, layer)
         raise Unstructured(
             f"it needs all {self.index.array.size} of a stack's replicated layers at "
@@ -147,11 +147,12 @@ class Replicated(Base):
         return jax.checkpoint(product, prevent_cse=False)(x, self)
 
     def _consume_each(self, x: jax.Array, op: Dot, layer: int) -> jax.Array:
-        at = next(i for i, axis in op.batch if axis == layer)
+        shared = [i for i, axis in op.batch if axis == layer]  # x has a row for each
+        before = shared[0] if shared else op.x_ndim
 
         def without(pairs):
             return tuple(
-                (i - (i > at), axis - (axis > layer))
+                (i - (i > before), axis - (axis > layer))
                 for i, axis in pairs
                 if axis != layer
             )
@@ -160,20 +161,23 @@ class Replicated(Base):
             op,
             contract=without(op.contract),
             batch=without(op.batch),
-            x_ndim=op.x_ndim - 1,
+            x_ndim=op.x_ndim - len(shared),
             weight_ndim=op.weight_ndim - 1,
         )
         axes = tuple(
-            x - (x > layer) if isinstance(x, int) else x for x in self.stack.axes
+            axis - (axis > layer) if isinstance(axis, int) else axis
+            for axis in self.stack.axes
         )
 
-        def step(operands):
-            row, index = operands
-            view = Replicated(Factor(self.stack.array, axes), Factor(index, ()))
-            return dataclasses.replace(view, casts=self.casts).consume(row, one)
+        def step(operands: Any) -> jax.Array:
+            index, row = operands
+            stack = Factor(self.stack.array, axes)
+            view = Replicated(stack, Factor(index, ()), self.casts)
+            return view.consume(x if row is None else row, one)
 
-        rows = lax.map(step, (jnp.moveaxis(x, at, 0), self.index.array))
-        return jnp.moveaxis(rows, 0, op.out_labels.index(layer))
+        rows = jnp.moveaxis(x, shared[0], 0) if shared else None
+        found = lax.map(step, (self.index.array, rows))
+        return jnp.moveaxis(found, 0, op.out_labels.index(layer))
 
     def apply(self, op: AxisOp) -> "Replicated":
         match op:
