@@ -8,6 +8,9 @@ from ._errors import ConfigError
 # Half-open: `(0, 4)` stands for the layers 0, 1, 2 and 3.
 Ranges = tuple[tuple[int, int], ...]
 
+# More layers than any model has; files may name as many as they like.
+_MOST = 1 << 14
+
 _EXAMPLE = "((0, 4), (2, 6))"
 
 
@@ -47,6 +50,10 @@ def checked_ranges(ranges: Any, what: str) -> Ranges:
         raise ConfigError(
             f"{what} is empty, and a model has at least one layer. Write e.g. "
             f"{_EXAMPLE}."
+        )
+    if sum(end - first for first, end in found) > _MOST:
+        raise ConfigError(
+            f"{what} names more than {_MOST:,} layers, which no model has."
         )
     return tuple(found)
 
