@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .._errors import TransformError
 from ..quant import Base
 from ..structure import (
     Along,
@@ -26,6 +27,11 @@ from ..structure import (
 # The axis of the stack that counts its own layers. The weight has none like it: its
 # layers are those of the index.
 LAYER = "layer"
+
+_PLAIN = (
+    "Replicated layers are used in a plain function. Call it through `lj.adapt(fn)`, "
+    "with an adapter or without, or build the copies with `lj.merge(params)`."
+)
 
 
 @jax.tree_util.register_dataclass
@@ -78,7 +84,11 @@ class Replicated(Base):
 
         Raises:
             TypeError: if the layers are not picked by integers.
+            IndexError: if there is no such layer.
+            TransformError: in a loop of a plain function, which knows no index.
         """
+        if jnp.ndim(self.index.array) != len(self.index.axes):
+            raise TransformError(_PLAIN)
         keys = key if isinstance(key, tuple) else (key,)
         axis = self._layers()
         if axis is None or len(keys) <= axis or isinstance(keys[axis], slice):
@@ -87,9 +97,15 @@ class Replicated(Base):
                 f"integers along axis {axis}, and the index here is {key!r:.60}. For "
                 "all of them as one array call `.dense()`, which builds the copies."
             )
+        layer, count = keys[axis], self.index.array.shape[0]
+        if isinstance(layer, int) and not -count <= layer < count:  # or a loop runs on
+            raise IndexError(f"There are {count} layers, and none has number {layer}.")
         ordered = self.stack.aligned((*range(axis), LAYER, *self._rest(axis)))
-        chosen = (*keys[:axis], self.index.array[keys[axis]], *keys[axis + 1 :])
+        chosen = (*keys[:axis], self.index.array[layer], *keys[axis + 1 :])
         return self._cast(ordered[chosen])
+
+    def __jax_array__(self):
+        raise TransformError(_PLAIN)
 
     def opened(self) -> "Base | jax.Array":
         return self if self.index.axes else self.dense()

@@ -84,6 +84,9 @@ def test_plain_indexing():
     assert jnp.array_equal(view[-1, :, 2], dense[-1, :, 2])
     rows = np.array([[0], [3]])
     assert jnp.array_equal(view[rows, 1, [2, 0]], dense[rows, 1, [2, 0]])
+    assert len([*view]) == 4 and jnp.array_equal([*view][2], dense[2])
+    with pytest.raises(IndexError, match="4 layers, and none has number 4"):
+        view[4]
     with pytest.raises(
         TypeError, match=r"picked by integers along axis 0.*\.dense\(\)"
     ):

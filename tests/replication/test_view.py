@@ -387,6 +387,15 @@ def test_uses(deeper, copies, use, adapted):
     assert_close(found[0], found[1], length=N * F, factor=64)
 
 
+def test_a_plain_function_is_told(params, deeper):
+    w = deeper["layers"]["up"]["kernel"]
+    with pytest.raises(TransformError, match=r"plain function.*lj\.adapt\(fn\)"):
+        X @ w
+    turned = lj.replicate(params, ((1, 3), (0, 1)))  # as many layers as before
+    with pytest.raises(TransformError, match="plain function"):
+        model(turned, X)
+
+
 def test_what_needs_all_of_them_is_refused(deeper, copies):
     def fn(params, x):
         return x @ jnp.cos(params["layers"]["up"]["kernel"]).sum(0)
