@@ -2,6 +2,7 @@
 
 # ruff: noqa: I001  (in the order of use)
 from ._config import LoraConfig as LoraConfig
+from .replication import replicate as replicate
 from .planning import Plan as Plan
 from .planning import plan as plan
 from .planning import init as init

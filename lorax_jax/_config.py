@@ -15,6 +15,7 @@ from . import _peft
 from ._errors import ConfigError, closest
 from ._json import read_json
 from ._names import NameMap
+from ._ranges import checked_ranges
 
 Tie = Literal["shared", "lookup", "head"]
 Bias = Literal["none", "all", "lora_only"]
@@ -100,6 +101,9 @@ class LoraConfig:
         whole: regexes of leaves that are trained whole, such as a new head.
         token_rows: rows of an embedding that are trained: their numbers, or a dict from
             a regex of tables to the numbers.
+        layer_replication: ranges of layers that the model was made of by `replicate`,
+            for PEFT to make it again. It repeats nothing: `plan` checks that the
+            parameters are so, and finds it out by itself where layers are stacked.
         dtype: storage dtype of everything that is trained.
 
     Raises:
@@ -135,6 +139,7 @@ class LoraConfig:
     bias: Bias = "none"
     whole: Any = ()
     token_rows: Any = ()
+    layer_replication: Any = None
     dtype: Any = jnp.float32
 
     def __post_init__(self):
@@ -161,6 +166,10 @@ class LoraConfig:
         object.__setattr__(self, "whole", _patterns("whole", self.whole))
         object.__setattr__(self, "token_rows", _token_rows(self.token_rows))
         object.__setattr__(self, "layers", _indices(self.layers))
+        ranges = self.layer_replication
+        if ranges is not None:
+            ranges = checked_ranges(ranges, "`layer_replication`")
+        object.__setattr__(self, "layer_replication", ranges)
 
     @classmethod
     def from_peft(

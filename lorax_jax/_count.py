@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from .adapters import Adapter, Fixed
+from .adapters import Adapter, Fixed, stored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Count:
 def count(params: Any, adapter: Adapter) -> Count:
     """Counts trainable values and all values, base and adapter together.
 
+    Weights that several layers share count once, as PEFT counts them.
     Layers of a stack count at their true ranks. On types alone
     (`jax.eval_shape`), where ranks are not known, they count as padded.
 
@@ -47,11 +48,7 @@ def count(params: Any, adapter: Adapter) -> Count:
         >>> print(lj.count(params, lj.init(plan, params, key=jax.random.key(0))))
         trainable params: 100 || all params: 700 || trainable%: 14.2857
     """
-    base = sum(
-        math.prod(leaf.shape)
-        for leaf in jax.tree.leaves(params)
-        if hasattr(leaf, "shape")
-    )
+    base, _ = stored(params)
     trainable = sum(
         _values(adapter.train[name], fixed) for name, fixed in adapter.fixed.items()
     )

@@ -20,6 +20,10 @@ class PlanWarning(UserWarning):
     """A plan names weights that the function uses in a way that `adapt` will refuse."""
 
 
+class ReplicationError(LoraxError, ValueError):
+    """Parameters whose layers cannot be repeated, or are not as they should be."""
+
+
 class AdapterError(LoraxError, ValueError):
     """An adapter does not fit the parameters that it is bound to."""
 

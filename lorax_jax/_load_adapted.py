@@ -14,15 +14,16 @@ from . import models
 from ._errors import CheckpointError
 from ._json import read_json
 from .adapters import Adapter
-from .checkpoint import Receipt, load_adapter
+from .checkpoint import Receipt, layer_replication, load_adapter
 from .embedded import MODEL_DIR
+from .replication import replicate
 
 
 class LoadedAdapter(NamedTuple):
     """What `load_adapted` returns.
 
     Attributes:
-        model: the base model.
+        model: the base model, with as many layers as the adapter is for.
         params: its parameters, untouched.
         adapter: the adapter, for `bind(params, adapter)`.
         receipt: what was loaded, and its plan.
@@ -46,6 +47,8 @@ def load_adapted(
     The model is found through `base_model_name_or_path` in `adapter_config.json`: a
     folder, looked for from the adapter's folder and then from the working directory,
     a hub id, or the embedded model. No other path in the adapter's files is followed.
+    Where the adapter is for a model whose layers are repeated, so are those of this one
+    (see `replicate`).
 
     Args:
         adapter_dir: the adapter's folder.
@@ -69,6 +72,10 @@ def load_adapted(
     """
     where = _base(Path(adapter_dir)) if base is None else base
     model, params = models.load(where, dtype=dtype, scan_layers=scan_layers)
+    ranges = layer_replication(adapter_dir)
+    if ranges is not None:
+        params = replicate(params, ranges, layers=model.layers_path)
+        model = model.with_layers(sum(end - first for first, end in ranges))
     adapter, receipt = load_adapter(adapter_dir, params, names=model.names)
     return LoadedAdapter(model, params, adapter, receipt)
 

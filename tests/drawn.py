@@ -5,7 +5,7 @@ import numpy as np
 
 import lorax_jax as lj
 from lorax_jax import _paths
-from lorax_jax.adapters import Fixed, base_norm
+from lorax_jax.adapters import Fixed, base_norm, is_weight
 
 
 def drawn(plan, params=None, size=0.3):
@@ -13,7 +13,9 @@ def drawn(plan, params=None, size=0.3):
 
     `params` is needed for DoRA alone, whose norms are the base's.
     """
-    leaves = dict(_paths.flatten(params)[0]) if params is not None else {}
+    leaves = {}
+    if params is not None:
+        leaves = dict(_paths.flatten(params, is_leaf=is_weight)[0])
     train, fixed = {}, {}
     for slot in plan.slots:
         arrays = {name: np.zeros(shape) for name, shape in slot.shapes().items()}

@@ -5,7 +5,8 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from .._errors import CheckpointError, shorten
+from .._errors import CheckpointError, ConfigError, shorten
+from .._ranges import Ranges, checked_ranges
 from ._beside import Whole
 from ._patterns import Patterns, compile_pattern
 
@@ -66,6 +67,7 @@ _HANDLED = {
     "exclude_modules",
     "fan_in_fan_out",
     "init_lora_weights",
+    "layer_replication",
     "layers_pattern",
     "layers_to_transform",
     "lora_alpha",
@@ -104,7 +106,6 @@ _REFUSED = {
     "alora_invocation_tokens": "an activated adapter acts after its tokens only",
     "arrow_config": "an Arrow router chooses between adapters for each token",
     "kasa_config": "KaSA cuts the base's smallest singular values",
-    "layer_replication": "the base's layers are repeated",
     "megatron_config": "the factors are those of Megatron's parallel layers",
     "monteclora_config": "MonteCLoRA keeps a sampler beside the factors",
     "use_bdlora": "a factor is block-diagonal",
@@ -200,6 +201,20 @@ def rank(value: Any, label: str, what: str) -> int:
             f"{what} has {label} = {value!r:.80}; a rank is an integer from 1 up."
         )
     return value
+
+
+def layer_replication(config: Mapping[str, Any], what: str) -> Ranges | None:
+    """The ranges of layers that the model is made of, or `None`.
+
+    Raises:
+        CheckpointError: if they are no ranges.
+    """
+    ranges = config.get("layer_replication")
+    try:
+        name = f"`layer_replication` of {what}"
+        return None if ranges in (None, []) else checked_ranges(ranges, name)
+    except ConfigError as error:  # here it is a file that is wrong
+        raise CheckpointError(str(error)) from None
 
 
 class Ranks:

@@ -13,7 +13,14 @@ from typing import Any
 from .._errors import CheckpointError, ConfigError, closest, shorten
 from .._names import Module, NameMap
 from ._copies import beside_from_peft
-from ._fields import Ranks, Targets, check_fields, flag, number
+from ._fields import (
+    Ranks,
+    Targets,
+    check_fields,
+    flag,
+    layer_replication,
+    number,
+)
 from ._modules import ALL_LINEAR, LAYERS, WHAT, group, is_linear
 from ._parameters import Parameters, check_owners
 from ._patterns import endings
@@ -65,6 +72,7 @@ def _from_peft(config: Mapping[str, Any], names: NameMap) -> dict[str, Any]:
         "dora": flag(config, "use_dora", WHAT),
         "lora_bias": flag(config, "lora_bias", WHAT),
         "init": init.lower() if isinstance(init, str) else init is not False,
+        "layer_replication": layer_replication(config, WHAT),
         "targets": None,
     }
     picked = [] if chosen.targets is None else _picked(chosen, modules, names)

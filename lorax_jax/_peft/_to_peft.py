@@ -5,6 +5,7 @@ from typing import Any
 
 from .._errors import CheckpointError, ConfigError, closest, shorten
 from .._names import Module, NameMap
+from .._ranges import Ranges
 from ._copies import beside_to_peft
 from ._fields import DEFAULTS
 from ._modules import ALL_LINEAR, LAYERS, WHAT, is_linear, takes
@@ -39,6 +40,7 @@ def _to_peft(config: Any, names: NameMap) -> dict[str, Any]:
         "use_rslora": config.rslora,
         "lora_bias": config.lora_bias,
         "init_lora_weights": _init(config.init),
+        "layer_replication": as_lists(config.layer_replication),
     }
     if config.rules is None:
         fields |= {"lora_dropout": config.dropout, "use_dora": config.dora}
@@ -168,6 +170,11 @@ def _only(field: str, values: set[Any]) -> Any:
 
 def _init(init: Any) -> Any:
     return True if init in (True, "kaiming") else False if init == "random" else init
+
+
+def as_lists(ranges: Ranges | None) -> list[list[int]] | None:
+    """Ranges of layers as JSON has them."""
+    return None if ranges is None else [list(pair) for pair in ranges]
 
 
 def plain(value: float) -> int | float:

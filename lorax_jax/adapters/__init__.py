@@ -22,4 +22,5 @@ from ._role import Fixed as Fixed
 from ._role import Role as Role
 from ._rows import Rows as Rows
 from ._shapes import not_floating as not_floating
+from ._stored import stored as stored
 from ._whole import bind_whole as bind_whole

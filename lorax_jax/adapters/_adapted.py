@@ -106,9 +106,23 @@ class Adapted:
     def looks_up(self, axis: int) -> bool:
         """Whether a gather along `axis` consumes the weight rather than a part of it.
 
-        A weight without terms (a `Base` that nothing adapts) is always consumed.
+        Of a weight without terms, a `Base` that nothing adapts, the base says so.
         """
-        return not self.terms or any(term.looks_up(axis) for term in self.terms)
+        if not self.terms:
+            return not isinstance(self.base, Base) or self.base.looks_up(axis)
+        return any(term.looks_up(axis) for term in self.terms)
+
+    def opened(self) -> "Adapted | Base | jax.Array":
+        """The weight for an operation that its base cannot follow: see `Base.opened`.
+
+        A dense array where nothing adapts it.
+        """
+        if not isinstance(self.base, Base):
+            return self
+        base = self.base.opened()
+        if base is self.base:
+            return self
+        return Adapted(base, self.terms, self.origin) if self.terms else base
 
     def apply(self, base: Any, *ops: AxisOp) -> "Adapted":
         """The weight after structure-only operations.

@@ -153,8 +153,11 @@ def base_norm(weight: Any, role: Role) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=1)
 def _base_norm(weight: Any, role: Role) -> jax.Array:
-    dense = weight.dense() if is_weight(weight) else weight
-    squares = jnp.square(dense.astype(jnp.float32)).sum(role.inputs, keepdims=True)
+    if is_weight(weight):
+        squares = weight.squares(role.inputs)
+    else:
+        wide_ = weight.astype(jnp.float32)
+        squares = jnp.square(wide_).sum(role.inputs, keepdims=True)
     order = (*role.batch, *role.outputs, *role.inputs)
     squares = jnp.transpose(squares, order)
     return jnp.sqrt(jnp.squeeze(squares, tuple(range(-len(role.inputs), 0))))
@@ -222,14 +225,14 @@ def _through_weight(weight, a: jax.Array, role: Role) -> jax.Array:
         precision=lax.Precision.HIGHEST,
         output_dtype=jnp.float32,
     )
-    if is_weight(weight):
-        return weight.consume(a, op)
     # A product of A with a weight in bfloat16, exact in float32, needs A in three
     # parts of bfloat16: a copy of the weight in float32 would be twice as large.
     if weight.dtype.itemsize == 1:
-        weight = weight.astype(jnp.bfloat16)
+        packed = is_weight(weight)
+        weight = (weight.cast if packed else weight.astype)(jnp.bfloat16)
     parts = _parts(a, weight.dtype)
-    found = op.dense(jnp.concatenate(parts, axis=-1), weight)
+    whole = jnp.concatenate(parts, axis=-1)
+    found = weight.consume(whole, op) if is_weight(weight) else op.dense(whole, weight)
     if len(parts) == 1:
         return found
     at = len(role.batch)

@@ -3,7 +3,9 @@
 import jax.numpy as jnp
 
 from .._errors import AdapterError
-from ._adapted import is_weight
+from ..quant import Base
+from ..structure import Unstructured
+from ._adapted import Adapted
 from ._kind import Site, kind
 
 
@@ -17,10 +19,10 @@ def bind_whole(site: Site):
     """
     site.refuse_weight("a leaf trained whole")
     role, base, whole = site.role, site.base, site.train["whole"]
-    if is_weight(base):
+    if isinstance(base, Adapted):
         raise AdapterError(
-            f"{role.path!r} is trained whole, and is a packed base or adapted by "
-            "another adapter too. Leave it out of one of the two."
+            f"{role.path!r} is trained whole, and adapted by another adapter too. "
+            "Leave it out of one of the two."
         )
     layers = site.fixed.get("layers")
     held = jnp.shape(whole)
@@ -37,5 +39,13 @@ def bind_whole(site: Site):
     whole = whole.astype(base.dtype)
     if layers is None:
         return whole
+    if isinstance(base, Base):
+        try:
+            return base.overwritten(role.stacked[0], layers, whole)
+        except Unstructured as error:
+            raise AdapterError(
+                f"Some layers of {role.path!r} are trained whole, and {error}. Train "
+                "all of them, or none."
+            ) from None
     index = (slice(None),) * role.stacked[0] + (layers,)
     return base.at[index].set(whole)

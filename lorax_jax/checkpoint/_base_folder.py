@@ -3,7 +3,7 @@
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -42,6 +42,7 @@ class BaseFolder:
         config: its `config.json`.
         shards: the tensors of each file, in the order in which they lie there.
         metadata: what the index says beside the map; `None` if there is no index.
+        changed: whether the configuration is another than the file's.
     """
 
     def __init__(
@@ -50,9 +51,11 @@ class BaseFolder:
         config: dict[str, Any],
         readers: Mapping[str, Reader],
         metadata: dict[str, Any] | None,
+        changed: bool = False,
     ):
         self.path = path
         self.config = config
+        self.changed = changed
         self.metadata = metadata
         self.shards = {
             file: tuple(sorted(reader.entries, key=lambda n: reader.entries[n].start))
@@ -60,6 +63,21 @@ class BaseFolder:
         }
         self._readers = readers
         self._where = {n: file for file, names in self.shards.items() for n in names}
+
+    def renamed(
+        self, names: Callable[[str], Sequence[str]], config: dict[str, Any]
+    ) -> "BaseFolder":
+        """The folder with other names for its tensors, and another configuration.
+
+        Args:
+            names: gives the new names of a tensor: several, or none.
+            config: what `config.json` will be.
+        """
+        readers = {
+            file: reader.renamed(names) for file, reader in self._readers.items()
+        }
+        readers = {file: reader for file, reader in readers.items() if reader.entries}
+        return BaseFolder(self.path, config, readers, self.metadata, changed=True)
 
     @property
     def tied(self) -> bool:

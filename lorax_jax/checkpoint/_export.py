@@ -14,12 +14,15 @@ import numpy as np
 from .._errors import CheckpointError
 from .._json import read_json
 from .._names import NameMap
+from .._ranges import Ranges, checked_ranges
 from ..adapters import Adapter
 from ._atomic import check_space, replacing
 from ._base_folder import CONFIG, INDEX, SINGLE, BaseFolder, copy_rest, open_base, rest
+from ._files import layer_replication as read_replication
 from ._onto_base import TOKEN_TABLES
 from ._piece import HEAD, Piece
 from ._pieces import pieces_of
+from ._repeated import repeated
 from ._safetensors import FLOATS, code_of
 from ._stream import Output, write_file
 
@@ -48,6 +51,7 @@ def export_merged(
     *,
     names: Any = None,
     weights: Sequence[float] | float | None = None,
+    layer_replication: Any = None,
     dtype: Any = None,
     max_shard_size: int | str | None = None,
     safe: bool = True,
@@ -72,6 +76,9 @@ def export_merged(
         names: the model's name table, a `NameMap` or its entries. Folders with PEFT's
             keys do without.
         weights: one multiplier for each adapter; `None` is 1 for all.
+        layer_replication: the ranges that `replicate` was given, for an `Adapter` of a
+            model whose layers are repeated; folders say it themselves. The checkpoint
+            then has as many layers as the adapter, each with tensors of its own.
         dtype: of all floating tensors; `None` keeps each one's.
         max_shard_size: bytes per file, or a text such as `"5GB"`; `None` keeps the
             base's files.
@@ -106,7 +113,9 @@ def export_merged(
     limit = None if max_shard_size is None else _bytes(max_shard_size)
     folders = [one for one in adapters if isinstance(one, str | os.PathLike)]
     _check_out([base_dir, *folders], out_dir, overwrite)
+    ranges = _replication(folders, layer_replication)
     with open_base(base_dir) as base:
+        base = base if ranges is None else repeated(base, ranges)
         changes = _Changes(base, table)
         for one, weight in zip(adapters, weights or [1.0] * len(adapters), strict=True):
             changes.pieces += [(p, float(weight)) for p in pieces_of(one, base, table)]
@@ -126,6 +135,20 @@ def export_merged(
             mark["files"] = _files_in(folder)
             (folder / MARK).write_text(json.dumps(mark, indent=2) + "\n")
         return Export(merged, len(outputs) - len(merged), changes.untied)
+
+
+def _replication(folders: Sequence[Any], given: Any) -> Ranges | None:
+    """How the layers are repeated of the model that all adapters are for."""
+    said = {str(folder): read_replication(folder) for folder in folders}
+    if given is not None:
+        said["`layer_replication`"] = checked_ranges(given, "`layer_replication`")
+    if len(set(said.values())) > 1:
+        shown = "; ".join(f"{ranges} by {who}" for who, ranges in said.items())
+        raise CheckpointError(
+            f"The adapters are for models whose layers are repeated in different ways: "
+            f"{shown}. Merge adapters of one model."
+        )
+    return next(iter(said.values()), None)
 
 
 def check_export(base_dir: str | os.PathLike, out_dir: str | os.PathLike) -> int:
@@ -330,7 +353,7 @@ def _write_config(
         field = "torch_dtype" if "torch_dtype" in config else "dtype"
         names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
         config[field] = names.get(code, str(np.dtype(FLOATS[code])))
-    if config == base.config:
+    if config == base.config and not base.changed:
         (folder / CONFIG).write_bytes((base.path / CONFIG).read_bytes())
     else:
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from .. import _peft
 from .._errors import CheckpointError, shorten
 from .._json import parse_json, read_json
+from .._ranges import Ranges
 from ._copies import adapted_modules, tensor_name
 from ._record import FIELD, Record, decode
 from ._safetensors import Reader
@@ -44,6 +45,13 @@ class AdapterFiles(NamedTuple):
     def what(self) -> str:
         """What to call the configuration in messages."""
         return str(self.folder / CONFIG)
+
+    @property
+    def layer_replication(self) -> Ranges | None:
+        """The ranges of layers that the adapter's model is made of."""
+        if self.record is not None:
+            return self.record.layer_replication
+        return _peft.layer_replication(self.config, self.what)
 
 
 @contextlib.contextmanager
@@ -84,6 +92,22 @@ def open_adapter(folder: str | os.PathLike) -> Iterator[AdapterFiles]:
             if record is not None:
                 _check_agreement(files, record)
         yield files
+
+
+def layer_replication(folder: str | os.PathLike) -> Ranges | None:
+    """How the layers are repeated of the model that an adapter is for.
+
+    Args:
+        folder: the adapter's.
+
+    Returns:
+        The ranges that `replicate` takes, or `None`.
+
+    Raises:
+        CheckpointError: if the folder holds no adapter that can be read.
+    """
+    with open_adapter(folder) as files:
+        return files.layer_replication
 
 
 def _absent(folder: Path) -> str:
@@ -133,6 +157,8 @@ def _check_kinds(files: AdapterFiles, record: Record) -> None:
     bias = _peft.flag(config, "lora_bias", what)
     here = all(any(_peft.saved_by(n, name) for name in copies) for n in chosen.required)
     agreed = {
+        "layer_replication": _peft.layer_replication(config, what)
+        == record.layer_replication,
         "use_dora": all((site.kind == "dora") == dora for site in factors),
         "lora_bias": all(site.bias == bias for site in factors),
         "bias": chosen.bias == record.bias,

@@ -11,6 +11,7 @@ import numpy as np
 from jax.core import Tracer
 
 from ..planning import Slot
+from ..replication import Replicated
 
 SAMPLES = 32
 
@@ -32,11 +33,12 @@ def fingerprints(slot: Slot, leaves: Mapping[str, Any]) -> list[str] | None:
     """
     if slot.role.kind == "whole":
         return None
-    leaf = leaves.get(slot.role.path)
-    if not isinstance(leaf, jax.Array | np.ndarray) or isinstance(leaf, Tracer):
+    leaf: Any = leaves.get(slot.role.path)
+    held = leaf.stack.array if isinstance(leaf, Replicated) else leaf
+    if not isinstance(held, jax.Array | np.ndarray) or isinstance(held, Tracer):
         return None
-    here = getattr(leaf, "is_fully_addressable", True)
-    if not here or not leaf.size or not jnp.issubdtype(leaf.dtype, jnp.floating):
+    here = getattr(held, "is_fully_addressable", True)
+    if not here or not held.size or not jnp.issubdtype(leaf.dtype, jnp.floating):
         return None
     stacked = slot.role.stacked
     kept = [n for axis, n in enumerate(slot.shape) if axis not in stacked]

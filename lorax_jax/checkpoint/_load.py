@@ -9,10 +9,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from .._errors import CheckpointError
+from .._errors import CheckpointError, ReplicationError
 from .._names import NameMap
 from ..adapters import Adapter
 from ..planning import Plan
+from ..replication import layers_of
 from . import _kernels, _packed
 from ._arrays import Tensors, shapes
 from ._edited import edited
@@ -102,10 +103,14 @@ class Loading:
         *,
         conv1d: bool = False,
         norms: bool = True,
+        repeated: bool = False,
     ):
         self.files = files
         self.conv1d = conv1d
         self.norms = norms  # whether DoRA's are taken of the base
+        self.layer_replication = files.layer_replication
+        if not repeated:  # or known to be
+            self._check_layers(params)
         self.entries = files.tensors.entries
         self.tree = Tree(params)
         self.plan = plan
@@ -142,6 +147,21 @@ class Loading:
             )
         return self._finish(kept, max(len(sites) + self.promised, len(self.plan or ())))
 
+    def _check_layers(self, params: Any) -> None:
+        """Raises unless the parameters' layers are repeated as the adapter's were."""
+        try:
+            found = layers_of(params, self.layer_replication)
+        except ReplicationError as error:
+            raise CheckpointError(
+                f"The adapter in {self.files.folder} is for other layers: {error}"
+            ) from None
+        if found != self.layer_replication:
+            raise CheckpointError(
+                f"The layers of the parameters are repeated, {found}, and the adapter "
+                f"in {self.files.folder} is for a model whose layers are not. Load it "
+                "onto the parameters that `replicate` was given."
+            )
+
     def _finish(
         self, kept: list[tuple[Placed, Tensors]], expected: int
     ) -> tuple[Adapter, Receipt]:
@@ -152,6 +172,7 @@ class Loading:
             self.tree,
             rslora=self.rslora,
             bias=self.bias,
+            layer_replication=self.layer_replication,
             dtype=dtype,
             plan=self.plan,
         )

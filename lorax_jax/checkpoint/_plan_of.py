@@ -5,7 +5,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from .. import _paths
 from .._config import LoraConfig, Rule
 from .._errors import CheckpointError
-from ..adapters import Adapter, Fixed, base_norm
+from .._ranges import Ranges
+from ..adapters import Adapter, Fixed, base_norm, stored
 from ..planning import Plan, Site, Slot, parameters
 from ._arrays import Tensors, join
 from ._placed import Placed
@@ -27,6 +28,7 @@ def plan_of(
     *,
     rslora: bool,
     bias: str,
+    layer_replication: Ranges | None,
     dtype: Any,
     plan: Plan | None,
 ) -> Plan:
@@ -37,13 +39,16 @@ def plan_of(
         tree: the parameters.
         rslora: whether scales are `alpha / sqrt(rank)`.
         bias: which biases the configuration asked for.
+        layer_replication: how the layers are repeated.
         dtype: of the factors.
         plan: the plan that was given; it is returned if it says the same.
 
     Returns:
         A plan whose rules name exactly these sites.
     """
-    config, rule_of = _config([place.site for place in placed], bias, rslora, dtype)
+    sites = [place.site for place in placed]
+    more = {"rslora": rslora, "bias": bias, "layer_replication": layer_replication}
+    config, rule_of = _config(sites, bias, more | {"dtype": dtype})
     by_slot: dict[str, dict[int, Site]] = {}
     slots: dict[str, Slot] = {}
     for place in placed:
@@ -82,12 +87,12 @@ def plan_of(
     counts = collections.Counter(
         site.rule for slot in whole for site in slot.sites if site
     )
-    arrays = tree.leaves.values()
+    base, base_bytes = stored(list(tree.leaves.values()))
     return Plan(
         config,
         tuple(whole),
-        sum(math.prod(leaf.shape) for leaf in arrays),
-        sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in arrays),
+        base,
+        base_bytes,
         tuple((rule.pattern, counts[rule.pattern]) for rule in config.rules or ()),
     )
 
@@ -154,7 +159,7 @@ Names = dict[tuple[str, str | None], str]
 
 
 def _config(
-    sites: Sequence[FileSite], bias: str, rslora: bool, dtype: Any
+    sites: Sequence[FileSite], bias: str, more: Mapping[str, Any]
 ) -> tuple[LoraConfig, Names]:
     """A configuration that names exactly these sites, and which rule takes which."""
     rule_of: Names = {}
@@ -185,12 +190,10 @@ def _config(
     config = LoraConfig(
         rules,
         **dict(zip(_NUMBERS, usual, strict=True)),
-        rslora=rslora,
         lora_bias=any(site.bias for site in factors),
-        bias=cast(Any, bias),
         whole=whole,
         token_rows=token_rows,
-        dtype=dtype,
+        **more,
     )
     return config, rule_of
 

@@ -13,13 +13,14 @@ import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from .._errors import CheckpointError
+from .._errors import CheckpointError, ConfigError
+from .._ranges import Ranges, checked_ranges
 from ..adapters import KINDS
 from ..structure import Use
 from ._keys import PREFIX, keys
 
-# The metadata's name in the header, and its version: 2 where a site is more than plain
-# LoRA, else 1, which releases that know of nothing else read too.
+# The metadata's name in the header, and its version: 1 where all is plain LoRA, which
+# releases that know of nothing else read too.
 FIELD = "lorax_jax"
 VERSION = 2
 
@@ -147,22 +148,26 @@ class Record:
         rslora: whether scales are `alpha / sqrt(rank)`.
         sites: what the file holds.
         bias: which biases the configuration asked for.
+        layer_replication: the ranges of layers that the model is made of.
     """
 
     keys: Keys
     rslora: bool
     sites: tuple[FileSite, ...]
     bias: str = "none"
+    layer_replication: Ranges | None = None
 
     def encode(self) -> dict[str, str]:
         """The header's metadata."""
-        plain = all(
+        plain = self.layer_replication is None and all(
             site.kind == "lora" and not site.bias and site.parameter is None
             for site in self.sites
         )
         whole = {"version": 1 if plain else VERSION, **dataclasses.asdict(self)}
         if self.bias == "none":
             del whole["bias"]
+        if self.layer_replication is None:
+            del whole["layer_replication"]
         for site in whole["sites"]:  # leave out what says nothing
             del site["turned"]
             for name, usual in _USUAL.items():
@@ -213,7 +218,16 @@ def decode(text: Any, what: str) -> Record:
         rslora=read("rslora", bool),
         sites=sites,
         bias=read("bias", str, BIASES, optional=True) or "none",
+        layer_replication=_ranges(read),
     )
+
+
+def _ranges(read: "_Fields") -> Ranges | None:
+    ranges = read("layer_replication", list, optional=True)
+    try:
+        return None if ranges is None else checked_ranges(ranges, "`layer_replication`")
+    except ConfigError:
+        raise read.bad("`layer_replication`", ranges) from None
 
 
 def _site(site: Any, what: str) -> FileSite:

@@ -5,10 +5,11 @@ A file is eight bytes with the header's length, the header as JSON, and the tens
 bytes back to back. The header gives each tensor's dtype, shape and byte range.
 """
 
+import copy
 import math
 import os
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -99,6 +100,14 @@ class Reader:
 
     def __enter__(self) -> Self:
         return self
+
+    def renamed(self, names: Callable[[str], Sequence[str]]) -> Self:
+        """The same file with other names for its tensors; several, or none."""
+        other = copy.copy(self)
+        other.entries = {
+            new: entry for name, entry in self.entries.items() for new in names(name)
+        }
+        return other
 
     def __exit__(
         self,

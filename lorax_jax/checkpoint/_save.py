@@ -115,10 +115,12 @@ def save_adapter(
             "task_type": task_type,
         }
     else:
+        _check_layers(plan)
         config = _config(sites, table, plan)
         config |= {"base_model_name_or_path": base, "task_type": task_type}
     form = "paths" if table is None else "peft"
-    record = Record(form, rslora, tuple(sites), plan.config.bias)
+    ranges = plan.config.layer_replication
+    record = Record(form, rslora, tuple(sites), plan.config.bias, ranges)
     metadata = record.encode()
     size = sum(tensor.nbytes for tensor in tensors.values())
     check_space(dir, size + len(str(metadata)) + (1 << 20))
@@ -153,6 +155,16 @@ def _check(adapter: Adapter, plan: Plan) -> None:
                 f"The adapter's axes of {name!r}, {fixed.role}, are not the plan's, "
                 f"{slots[name].role}. Give the plan that it was made with."
             )
+
+
+def _check_layers(plan: Plan) -> None:
+    """PEFT makes the model itself, and must be told of which layers."""
+    if plan.repeated is not None:
+        raise CheckpointError(
+            "Layers of the parameters are the same arrays, and PEFT must be told which "
+            "layers of the checkpoint they are. Plan with what `replicate` was given, "
+            f"say  LoraConfig(..., layer_replication={plan.repeated})."
+        )
 
 
 def _contents(
@@ -236,6 +248,7 @@ def _config(sites: Sequence[FileSite], names: NameMap, plan: Plan) -> dict[str, 
         "use_dora": _alike({site.key: site.kind == "dora" for site in values.values()}),
         "lora_bias": _alike({site.key: site.bias for site in values.values()}),
         "lora_dropout": rate,
+        "layer_replication": _peft.as_lists(plan.config.layer_replication),
         "bias": plan.config.bias,
         "modules_to_save": modules_to_save(sites, names, plan.config.bias),
         "trainable_token_indices": {

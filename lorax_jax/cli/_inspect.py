@@ -1,5 +1,6 @@
 """`lorax-jax inspect`: what an adapter folder holds, or what a model would adapt."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +75,7 @@ def _adapter(path: Path, base: str | None) -> None:
     from ._base import base_of
 
     where = base_of(path) if base is None else base
-    model = _abstract(where)
-    params = model.abstract()
+    model, params = _for_adapter(_abstract(where), path)
     adapter, receipt = load_adapter(path, params, names=model.names)
     click.echo(f"base      {where}\n{receipt}\n\n{receipt.plan}\n")
     zero = _norms(receipt.plan, adapter)
@@ -88,6 +88,20 @@ def _adapter(path: Path, base: str | None) -> None:
     else:
         click.echo("\nEvery B has moved away from zero.")
     click.echo(count(params, adapter))
+
+
+def _for_adapter(model: Any, path: Path) -> tuple[Any, Any]:
+    """The model that an adapter is for, and the types of its parameters."""
+    from ..checkpoint import layer_replication
+    from ..replication import replicate
+
+    ranges = layer_replication(path)
+    if ranges is None:
+        return model, model.abstract()
+    # Stacked, for types of unrolled layers do not show which of them are one.
+    model = dataclasses.replace(model, scan_layers=True)
+    params = replicate(model.abstract(), ranges, layers=model.layers_path)
+    return model.with_layers(sum(end - first for first, end in ranges)), params
 
 
 def _norms(plan: Any, adapter: Any) -> list[str]:

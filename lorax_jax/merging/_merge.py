@@ -11,6 +11,7 @@ from jax.core import Tracer
 from .. import _paths
 from .._errors import AdapterError
 from ..adapters import Adapted, Adapter, LowRank, bind, is_weight
+from ..quant import Base
 from ..structure import Unstructured
 
 
@@ -43,7 +44,9 @@ def merge(
     $$W' = \operatorname{round}\Big(W + \sum_i w_i\,s_i\,A_i B_i\Big)$$
 
     The sum is taken in float32 at the highest precision of the device and rounded once
-    to the weight's dtype. Every other leaf of the result is the leaf of `params`.
+    to the weight's dtype. Every other leaf of the result is the leaf of `params`, but
+    for replicated layers: what was one stack with an index becomes as many layers as
+    the index names, for each has an adapter of its own.
 
     Args:
         params: the parameter tree; untouched.
@@ -76,7 +79,7 @@ def merge(
 
     def build(leaf):
         if not isinstance(leaf, Adapted):
-            return leaf
+            return leaf.merged() if isinstance(leaf, Base) else leaf
         merged = merged_weight(leaf, safe=safe)
         if report:
             _check_values(merged)
@@ -84,7 +87,7 @@ def merge(
             reports.append(MergeReport(leaf.origin.path, *errors))
         return merged
 
-    tree = jax.tree.map(build, bound, is_leaf=lambda x: isinstance(x, Adapted))
+    tree = jax.tree.map(build, bound, is_leaf=is_weight)
     return (tree, reports) if report else tree
 
 
@@ -140,6 +143,7 @@ def _biases_merged(bound: Any) -> Any:
                 continue
             where = _paths.sibling(path, "bias")
             bias = found.get(where)
+            bias: Any = bias.merged() if isinstance(bias, Base) else bias
             if bias is None or is_weight(bias) or bias.size != shift.size:
                 raise AdapterError(
                     f"The adapter of {path!r} has a bias of B, and the model has no "

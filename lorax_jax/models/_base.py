@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +50,35 @@ class Architecture(Generic[Config]):
     def num_layers(self) -> int:
         """How many layers the model has."""
         raise NotImplementedError
+
+    def with_layers(self, n: int) -> Self:
+        """The same model with another number of layers.
+
+        Args:
+            n: how many.
+
+        Returns:
+            A model for parameters that have so many.
+
+        Example:
+            >>> from lorax_jax.models import from_config
+            >>> from_config({"model_type": "gpt2"}).with_layers(18).num_layers
+            18
+        """
+        name = "n_layer" if hasattr(self.config, "n_layer") else "num_hidden_layers"
+        config = dataclasses.replace(cast(Any, self.config), **{name: n})
+        return dataclasses.replace(self, config=config)
+
+    @property
+    def names(self) -> Any:
+        """`(ours, theirs, layout)` for every parameter; see `_names.py`."""
+        raise NotImplementedError
+
+    @property
+    def layers_path(self) -> str:
+        """Where the layers are in the tree of parameters: `"layers"` or `"h"`, say."""
+        paths = (ours for ours, _, _ in self.names)
+        return next(path for path in paths if "/{i}/" in path).partition("/{i}/")[0]
 
     def init(self, key: PRNGKeyArray) -> Params:
         """Random parameters, distributed as Transformers initializes them.

@@ -10,8 +10,10 @@ import jax.numpy as jnp
 
 from .. import _paths, initializers
 from .._config import LoraConfig
-from .._errors import PlanError, PlanWarning, closest, shorten
-from ..adapters import Role
+from .._errors import PlanError, PlanWarning, ReplicationError, closest, shorten
+from .._ranges import Ranges
+from ..adapters import Role, is_weight, stored
+from ..replication import layers_of, shared_layers
 from ..transform import Consumer, Leaf, read
 from ._beside import beside
 from ._rehearse import rehearse
@@ -30,6 +32,8 @@ class Plan:
         base: number of values in the parameters.
         base_bytes: their size in bytes.
         matches: for each rule, its pattern and how many sites it took.
+        repeated: how unrolled layers are repeated, where the parameters show that they
+            are and the configuration does not say of which layers.
     """
 
     config: LoraConfig
@@ -37,6 +41,7 @@ class Plan:
     base: int
     base_bytes: int
     matches: tuple[tuple[str, int], ...]
+    repeated: Ranges | None = None
 
     def __iter__(self) -> Iterator[Site]:
         return (site for slot in self.slots for site in slot.sites if site is not None)
@@ -129,7 +134,8 @@ def plan(
     Raises:
         PlanError: if a target matches nothing, or not what it `expect`s; if a matched
             leaf is used by no product; if a tied weight is matched and `tie` is not
-            chosen; if a rank exceeds what a weight can have.
+            chosen; if a rank exceeds what a weight can have; if the layers are not
+            repeated as `layer_replication` says.
 
     Example:
         >>> import jax, lorax_jax as lj
@@ -157,9 +163,15 @@ def plan(
             "args=(ids,))`, or declare `roles` by hand."
         )
     _check_init(config)
+    try:
+        ranges = layers_of(params, config.layer_replication)
+    except ReplicationError as error:
+        raise PlanError(str(error)) from None
+    if ranges != config.layer_replication:
+        config = dataclasses.replace(config, layer_replication=ranges)
     arrays = [
         (path, leaf)
-        for path, leaf in _paths.flatten(params)[0]
+        for path, leaf in _paths.flatten(params, is_leaf=is_weight)[0]
         if hasattr(leaf, "shape") and hasattr(leaf, "dtype")
     ]
     reading = None
@@ -180,9 +192,9 @@ def plan(
     return Plan(
         config,
         tuple(slots),
-        sum(math.prod(leaf.shape) for _, leaf in arrays),
-        sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for _, x in arrays),
+        *stored(params),
         tuple(zip(patterns, selection.counts, strict=True)),
+        repeated=shared_layers(params) if ranges is None else None,
     )
 
 

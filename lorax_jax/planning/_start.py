@@ -63,6 +63,7 @@ def _started(weight: Any, a, b, fixed: Any, role: Role) -> jax.Array:
 def _whole(slot: Slot, leaf: Any, key: PRNGKeyArray, dtype: Any) -> Start:
     """The copy starts as the leaf."""
     del key
+    leaf = leaf.dense() if is_weight(leaf) else leaf
     if len(slot.adapted) == len(slot.sites):
         return {"whole": _copy(leaf, dtype)}, {}
     layers = jnp.asarray(slot.adapted, jnp.int32)

@@ -1,9 +1,12 @@
 """`Base`: a frozen weight that is kept in another form than a dense array."""
 
 import abc
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from ..structure import AxisOp, Bilinear, Scale, Unstructured, is_factor
 
@@ -18,8 +21,8 @@ class Base(abc.ABC):
 
     To add a form of base: subclass `Base` as a frozen dataclass registered as a
     pytree; implement `shape`, `dtype` and `dense`; override `consume` where the packed
-    form has a product of its own, and `rescale` if it commutes with a product; list it
-    in `tests/exam/bases.py`.
+    form has a product of its own, `rescale` if it commutes with a product, and what
+    else the defaults would get wrong; list it in `tests/exam/bases.py`.
     """
 
     @property
@@ -35,6 +38,37 @@ class Base(abc.ABC):
     @abc.abstractmethod
     def dense(self) -> jax.Array:
         """W as a dense array: for merging, and on request."""
+
+    @property
+    def size(self) -> int:
+        """How many values it holds; those that it repeats count once."""
+        return math.prod(self.shape)
+
+    def opened(self) -> "Base | jax.Array":
+        """The base for an operation that it cannot follow: itself, or dense.
+
+        Dense where that makes nothing that the model would not make of a dense weight.
+        """
+        return self
+
+    def merged(self) -> "Base | jax.Array":
+        """What stands for it in merged parameters where nothing adapts it."""
+        return self
+
+    def looks_up(self, axis: int) -> bool:
+        """Whether a gather along `axis` consumes it, rather than choosing a part."""
+        del axis
+        return True
+
+    def squares(self, axes: Sequence[int]) -> jax.Array:
+        """Sums of squares over some axes, in float32; those axes stay, of size 1."""
+        dense = self.dense().astype(jnp.float32)
+        return jnp.square(dense).sum(tuple(axes), keepdims=True)
+
+    def overwritten(self, axis: int, at: jax.Array, values: jax.Array) -> "Base":
+        """The base with `values` in place of its entries `at` along `axis`."""
+        del axis, at, values
+        raise Unstructured(f"{type(self).__name__} cannot be written into")
 
     def consume(self, x: jax.Array, op: Bilinear) -> jax.Array:
         """`op(x, W)`, with the dense operation's dtype.

@@ -10,8 +10,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from .. import _paths
 from .._errors import TransformError
-from ..adapters import Adapted, is_weight
+from ..adapters import Adapted, Origin, is_weight
 from ..structure import Unstructured
 from . import _jaxpr
 from ._registry import RULES, Operand
@@ -180,6 +181,11 @@ def _by_rule(run: Run, eqn: Any, values: list[Any]) -> list[Any]:
             return _structural(run, rule, eqn, values)
     except Unstructured as error:
         reason = str(error)
+    opened = [v.opened() if isinstance(v, Adapted) else v for v in values]
+    if any(new is not old for new, old in zip(opened, values, strict=True)):
+        if any(isinstance(value, Adapted) for value in opened):
+            return _by_rule(run, eqn, opened)
+        return _jaxpr.bind(eqn, opened)
     if run.options.may_materialize(name):
         return _jaxpr.bind(eqn, [dense(value) for value in values])
     raise TransformError(_refusal(eqn, values, reason))
@@ -207,13 +213,14 @@ def _structural(run: Run, rule: Any, eqn: Any, values: list[Any]) -> list[Any]:
     weight: Adapted = values[at[0]]
     operand = Operand(eqn, at[0], weight.shape, values, run.producer)
     described = rule.axes(operand)
-    if is_weight(weight.base):
-        bases = [None] * len(described)
-    else:
+    if not weight.is_packed:
         bases = _jaxpr.bind(eqn, [v.base if v is weight else v for v in values])
-    return [
-        weight.apply(base, *ops) for base, ops in zip(bases, described, strict=True)
-    ]
+        return [weight.apply(b, *ops) for b, ops in zip(bases, described, strict=True)]
+    results = [weight.apply(None, *ops) for ops in described]
+    for result, var in zip(results, eqn.outvars, strict=True):
+        if tuple(result.shape) != var.aval.shape:
+            raise Unstructured("a packed weight gets an axis that nothing runs along")
+    return results
 
 
 def dense(value: Any) -> Any:
@@ -222,14 +229,17 @@ def dense(value: Any) -> Any:
 
 
 def _refusal(eqn: Any, values: Sequence[Any], reason: str) -> str:
-    paths = [v.origin.path or "?" for v in values if isinstance(v, Adapted)]
-    shapes = [v.shape for v in values if isinstance(v, Adapted)]
+    weights = [v for v in values if isinstance(v, Adapted)]
+    paths = [weight.origin.path or "?" for weight in weights]
     name = eqn.primitive.name
+    what, way = "an adapted weight in factored form", "Leave it out of the targets"
+    if not any(weight.terms for weight in weights):
+        what, way = "a packed weight as it is", "Keep it dense"
     return (
-        f"`{name}` cannot use an adapted weight in factored form: {reason}.\n"
-        f"  weight  {', '.join(paths)}, shape {shapes[0]}\n"
+        f"`{name}` cannot use {what}: {reason}.\n"
+        f"  weight  {', '.join(paths)}, shape {weights[0].shape}\n"
         f"  at      {source(eqn)}\n"
-        "Leave the weight out of the targets, or allow the dense matrix to be built "
+        f"{way}, or allow the dense matrix to be built "
         f"here:  adapt(fn, materialize=({name!r},))"
     )
 
@@ -307,9 +317,13 @@ def adapt(
         values = [leaf for leaf, moves in zip(leaves, dynamic, strict=True) if moves]
         key = (tree, tuple(dynamic), static, tuple(map(type, static)))
         entry = _lookup(traced, key, fn)
-        jaxpr, out = entry.trace([_stand_in(value) for value in values])
+        jaxpr, out = entry.trace([stand_in(value) for value in values])
         inner, consts = _jaxpr.closed(jaxpr)
-        weights = [Adapted(v, ()) if _is_bare_base(v) else v for v in values]
+        weights = values
+        if any(map(_is_bare_base, values)):
+            paths = _paths.flatten((args, kwargs), is_leaf=is_weight)[0]
+            moving = [p for (p, _), moves in zip(paths, dynamic, strict=True) if moves]
+            weights = list(map(named, values, map(_within, moving)))
         results = interpret(inner, consts, weights, options)
         return jax.tree.map(
             lambda leaf: leaf.value if isinstance(leaf, _Static) else leaf,
@@ -422,7 +436,17 @@ def _is_bare_base(value: Any) -> bool:
     return is_weight(value) and not isinstance(value, Adapted)
 
 
-def _stand_in(value: Any) -> Any:
+def named(value: Any, path: str) -> Any:
+    """A base that nothing adapts as a weight without terms; all else as it is."""
+    return Adapted(value, (), Origin(path)) if _is_bare_base(value) else value
+
+
+def _within(path: str) -> str:
+    """A path in `(args, kwargs)` as one in the argument."""
+    return path.split("/", 2)[-1]
+
+
+def stand_in(value: Any) -> Any:
     """What `fn` is traced on in place of a weight: something of the same type."""
     base = value.base if isinstance(value, Adapted) else value
     if is_weight(base):

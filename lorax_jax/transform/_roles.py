@@ -13,10 +13,10 @@ import jax
 
 from .. import _paths
 from .._errors import TransformError
-from ..adapters import Adapted
+from ..adapters import Adapted, is_weight
 from . import _jaxpr
 from ._consumers import INPUT, Leaf
-from ._interpreter import allowed, retrace
+from ._interpreter import allowed, named, retrace, stand_in
 from ._probe import whole
 from ._walk import Walk
 
@@ -51,7 +51,10 @@ class Reading:
             materialize: as in `adapt`.
             custom: as in `adapt`.
         """
-        operands = [weights.get(path or "", value) for path, value in self.inputs]
+        operands = [
+            weights.get(path or "", named(value, path or "?"))
+            for path, value in self.inputs
+        ]
         try:
             retrace(self.jaxpr, operands, allowed(materialize, custom))
         except TransformError as error:
@@ -73,8 +76,9 @@ def read(
     Returns:
         What was found out.
     """
-    paths = [path for path, _ in _paths.flatten(params)[0]]
-    flat, tree = jax.tree.flatten(((params, *args), dict(kwargs)))
+    paths = [path for path, _ in _paths.flatten(params, is_leaf=is_weight)[0]]
+    whole_call = (params, *args), dict(kwargs)
+    flat, tree = jax.tree.flatten(whole_call, is_leaf=is_weight)
     moves = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in flat]
 
     def call(*moving):
@@ -98,7 +102,7 @@ def read(
         else:
             found[path] = Leaf(path, tuple(leaf.shape))
             values.append(whole(found[path]))
-    jaxpr, _ = _jaxpr.trace(call)(*(leaf for _, leaf in inputs))
+    jaxpr, _ = _jaxpr.trace(call)(*(stand_in(leaf) for _, leaf in inputs))
     walk = Walk(found)
     for value in walk.inside(jaxpr, values):
         # A head is alone: a residual stream carries many products to a result.

@@ -120,7 +120,7 @@ def test_two_of_what_there_is_one_of(make, params):
     with pytest.raises(AdapterError, match="'table', and each would replace the other"):
         lj.bind(params, rows, rows)
     table = lj.Adapter({"table": whole.train["table"]}, {"table": whole.fixed["table"]})
-    with pytest.raises(AdapterError, match="'table' is trained whole, and is a packed"):
+    with pytest.raises(AdapterError, match="'table' is trained whole, and adapted"):
         lj.bind(params, rows, table)
     lj.bind(params, whole, make())  # one whole, the other beside it
 

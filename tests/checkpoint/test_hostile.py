@@ -83,7 +83,6 @@ REFUSED = {
     "alora_invocation_tokens": [1, 2],
     "arrow_config": {"top_k": 3},
     "kasa_config": {"beta": 1e-4},
-    "layer_replication": [[0, 2], [1, 2]],
     "megatron_config": {"a": 1},
     "monteclora_config": {"num_samples": 2},
     "use_bdlora": {"nblocks": 2},
@@ -100,6 +99,21 @@ def test_what_is_not_known_is_refused_by_name(make, folder, field):
         load(folder, make("llama"))
     with pytest.raises(ConfigError, match=field):
         lj.LoraConfig.from_peft(folder, make("llama").names)
+
+
+@pytest.mark.parametrize(
+    "ranges, match",
+    [
+        ([[0, 2], [1, 2]], "the parameters have no layers that are repeated so"),
+        ([[0, 10**15]], "names more than 16,384 layers"),
+        ([[2, 1]], "a range without layers"),
+        (True, "are meant"),
+    ],
+)
+def test_layers_that_are_not_so(make, folder, ranges, match):
+    reconfigure(folder, layer_replication=ranges)
+    with pytest.raises(CheckpointError, match=f"(?s)layer_replication.*{match}"):
+        load(folder, make("llama"))
 
 
 @pytest.mark.parametrize(
@@ -120,9 +134,9 @@ def test_other_starts_are_plain_lora(make, folder, init):
 
 
 def test_every_problem_is_named_at_once(make, folder):
-    reconfigure(folder, use_qalora=True, use_bdlora=True, layer_replication=[[0, 1]])
+    reconfigure(folder, use_qalora=True, use_bdlora=True, megatron_config={"a": 1})
     with pytest.raises(
-        CheckpointError, match=r"(?s)layer_replication.*use_bdlora.*use_qalora"
+        CheckpointError, match=r"(?s)megatron_config.*use_bdlora.*use_qalora"
     ):
         load(folder, make("llama"))
 
@@ -269,8 +283,13 @@ def test_a_header_full_of_keys(make, folder):
 RECORDS = {
     "no JSON": ("{", "is not JSON"),
     "no object": ("[]", "has `version` = None"),
-    "version": ('{"version": 3}', "has metadata of version 3"),
+    "version": ('{"version": 4}', "has metadata of version 4"),
     "keys": ('{"version": 1, "keys": "x", "sites": []}', "has `keys` = 'x'"),
+    "layers": (
+        '{"version": 2, "keys": "peft", "sites": [], "rslora": false, '
+        '"layer_replication": [[0, 99999]]}',
+        r"has `layer_replication` = \[\[0, 99999\]\]",
+    ),
     "deep": ("[" * 100_000, "(nests too deeply|is not JSON)"),
 }
 

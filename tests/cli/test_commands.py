@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -120,6 +121,30 @@ def test_the_base_is_found_through_the_adapter(run, adapter, tiny_model, here):
     config["base_model_name_or_path"] = "../moved"  # seen from the adapter
     path.write_text(json.dumps(config))
     assert run("inspect", adapter).exit_code == 0
+
+
+def test_an_adapter_of_repeated_layers(run, tiny_model, here):
+    """Every command repeats the base's layers as the adapter says."""
+    model, params = models.load(tiny_model, scan_layers=True)
+    params = lj.replicate(params, ((0, 2), (1, 2)))
+    config = lj.LoraConfig(r".*/q_proj/kernel", rank=2, init=False)
+    fn, ids = model.with_layers(3).apply, jax.ShapeDtypeStruct((1, 4), "int32")
+    plan = lj.plan(config, params, fn=fn, args=(ids,))
+    lj.save_adapter(
+        here / "adapter",
+        lj.init(plan, params, key=jax.random.key(0)),
+        plan=plan,
+        names=model.names,
+        base_model_name_or_path=tiny_model,
+    )
+    shown = run("inspect", "adapter")
+    assert shown.exit_code == 0, shown.output
+    assert "layers/{0..2}/self_attn/q_proj/kernel" in shown.stdout
+    assert f"all params: {plan.total:,d}" in shown.stdout
+    assert run("merge", "adapter", "merged").exit_code == 0
+    greedy = ["--temperature", 0]
+    adapted = generate(run, "--adapter", "adapter", *greedy)
+    assert generate(run, "--model", "merged", *greedy) == adapted
 
 
 def test_inspect_an_adapter(run, trained, tiny_model):

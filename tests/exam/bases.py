@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from lorax_jax.quant import Base
+from lorax_jax.replication import Replicated
+from lorax_jax.replication._view import LAYER
 from lorax_jax.structure import Broadcast, Factor, Scale, Unstructured
 
 
@@ -55,22 +57,48 @@ class ToyInt8(Base):
         return dataclasses.replace(self, scale=scale)
 
 
+def _one_layer(weight, role):
+    """As inside a step of a scan: the second layer of a stack, already chosen."""
+    stack = jnp.stack([weight + 1.0, weight, weight - 1.0])
+    return Replicated(
+        Factor(stack, (LAYER, *range(weight.ndim))), Factor(jnp.int32(1), ())
+    )
+
+
+def _replicated(weight, role):
+    """As many layers as the weight has, the last of them the first once more."""
+    (axis,) = role.stacked
+    count = weight.shape[axis]
+    stack = jnp.take(weight, jnp.arange(count - 1), axis)
+    index = jnp.arange(count, dtype=jnp.int32) % (count - 1)
+    axes = tuple(LAYER if i == axis else i for i in range(weight.ndim))
+    return Replicated(Factor(stack, axes), Factor(index, (axis,)))
+
+
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """A form of base: how to make one, and the dense weight that it stands for."""
+    """A form of base: how to make one, and the dense weight that it stands for.
+
+    Attributes:
+        name: for the test's name.
+        make: `make(weight, role)`, the base made of a dense weight.
+        dense: `dense(base)`, the weight that it stands for.
+        takes: which layouts make sense for it.
+        refuses: layouts that it refuses, with a reason: none is left out in silence.
+    """
 
     name: str
     make: Callable
     dense: Callable
-    # Layouts that the form refuses, with a reason: none is left out in silence.
+    takes: Callable = lambda layout: True
     refuses: tuple[str, ...] = ()
 
 
 FORMS = [
-    Form("dense", lambda w: w, lambda w: w),
+    Form("dense", lambda w, role: w, lambda w: w),
     Form(
         "toy_int8",
-        ToyInt8.quantize,
+        lambda w, role: ToyInt8.quantize(w),
         lambda w: w.dense(),
         # A packed base cannot be put together with other arrays; this one cannot be
         # scaled by a vector, nor be constant along an axis.
@@ -87,5 +115,12 @@ FORMS = [
             "overwritten",
             "swapped_experts",
         ),
+    ),
+    Form("one_layer", _one_layer, lambda w: w.dense()),
+    Form(
+        "replicated",
+        _replicated,
+        lambda w: w.dense(),
+        takes=lambda layout: len(layout.role.stacked) == 1,
     ),
 ]

@@ -26,7 +26,10 @@ class Case:
     def __post_init__(self):
         keys = jax.random.split(jax.random.key(7), 3)
         weight = jax.random.normal(keys[0], self.layout.weight) / 2.0
-        self.params = {"w": self.form.make(weight), "other": jnp.ones(2)}
+        self.params = {
+            "w": self.form.make(weight, self.layout.role),
+            "other": jnp.ones(2),
+        }
         plain = {"w": self.form.dense(self.params["w"]), "other": jnp.ones(2)}
         self.adapters = self.kind.adapters(keys[1], plain, self.layout.role)
         if self.layout.ids:
@@ -64,6 +67,7 @@ def _cases():
                     layout.name not in form.refuses
                     and layout.name not in kind.refuses
                     and kind.takes(layout)
+                    and form.takes(layout)
                     and (form is FORMS[0] or kind is KINDS[0])
                 ):
                     name = f"{form.name}-{kind.name}-{layout.name}"

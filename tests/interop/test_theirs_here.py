@@ -262,7 +262,6 @@ def test_square_kernels_beside_a_head(twin, tmp_path):
 # --- What is not known here -----------------------------------------------------------
 
 REFUSED = {
-    "layer_replication": {"layer_replication": [[0, 2], [1, 3]]},
     "alora_invocation_tokens": {"alora_invocation_tokens": [5]},
     "init_lora_weights": {"init_lora_weights": "pissa"},
     "olora": {"init_lora_weights": "olora"},

@@ -14,11 +14,11 @@ ROOT = Path(lorax_jax.__file__).parent
 LEVELS = [
     {"_errors"},
     {"errors"},
-    {"_paths", "_json"},
+    {"_paths", "_json", "_ranges"},
     {"structure", "_names"},
     {"_peft"},
     {"_config", "quant", "models", "_functional"},
-    {"adapters"},
+    {"adapters", "replication"},
     {"transform"},
     {"initializers"},
     {"planning"},

@@ -123,6 +123,12 @@ def _signature(avals, params):
 )
 def _custom(run, eqn, operands):
     jaxpr = eqn.params.get("call_jaxpr", eqn.params.get("fun_jaxpr"))
+    # What nothing adapts loses nothing in there, as long as it can be an array.
+    operands = [
+        v.opened() if isinstance(v, Adapted) and not v.terms else v for v in operands
+    ]
+    if not any(isinstance(v, Adapted) for v in operands):
+        return _jaxpr.bind(eqn, operands)
     if run.options.custom == "materialize":
         return _jaxpr.bind(eqn, [dense(operand) for operand in operands])
     inner, consts = _jaxpr.closed(jaxpr)

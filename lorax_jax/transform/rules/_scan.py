@@ -120,7 +120,12 @@ def _body(jaxpr: Any, options: Any, n_carry: int, invariant: tuple[int, ...]):
     return _jaxpr.trace(body)
 
 
-@rule("scan", policy="enters", note="factors are scanned, or ride as constants")
+@rule(
+    "scan",
+    policy="enters",
+    note="factors are scanned, or ride as constants; of repeated layers the index is "
+    "scanned",
+)
 def _scan(run, eqn, operands):
     n_consts, n_carry = _jaxpr.scan_counts(eqn)
     inner, _ = _jaxpr.closed(eqn.params["jaxpr"])
