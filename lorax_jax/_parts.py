@@ -124,10 +124,10 @@ def _where(axis: int, take: Any, what: str) -> Where:
     what = f"{what}[{axis}]"
     if not isinstance(take, Mapping):
         return Where(axis, (), (_bounds(take, what),))
-    given = [take.get("split"), take.get("take")]
+    sizes, takes = take.get("split"), take.get("take")
     fine = set(take) == {"split", "take"}
-    fine = fine and all(isinstance(one, tuple | list) for one in given)
-    sizes, takes = map(tuple, given) if fine else ((), ())
+    if not isinstance(sizes, tuple | list) or not isinstance(takes, tuple | list):
+        sizes, takes = (), ()
     fine = fine and all(_is_integer(n) and n > 0 for n in sizes)
     if not fine or not sizes or len(sizes) != len(takes):
         raise ConfigError(
@@ -135,8 +135,8 @@ def _where(axis: int, take: Any, what: str) -> Where:
             "{'split': sizes, 'take': [bounds of each]}, e.g. {'split': (2, 6, 16), "
             "'take': (None, (0, 4), None)}."
         )
-    each = (None if one is None else _bounds(one, what) for one in takes)
-    return Where(axis, tuple(map(int, sizes)), tuple(each))
+    bounds = (None if one is None else _bounds(one, what) for one in takes)
+    return Where(axis, tuple(map(int, sizes)), tuple(bounds))
 
 
 def _bounds(take: Any, what: str) -> tuple[int, int, int]:

@@ -67,7 +67,7 @@ def weights(params: Any, adapter: Adapter) -> Weights:
 
 
 def _forms(role: Role, shape: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    """What is adapted of a leaf of this `shape`: without batch axes, and as matrices."""
+    """Shapes that give a leaf of this `shape` away: without batch axes, as matrices."""
     for dropped in (role.stacked, role.batch):
         rest = (n for axis, n in enumerate(role.shape(shape)) if axis not in dropped)
         batch = [axis for axis in role.batch if axis not in dropped]

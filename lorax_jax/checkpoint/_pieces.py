@@ -6,12 +6,14 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from .._errors import AdapterError, CheckpointError, closest, shorten
 from .._names import Layout, NameMap
-from ..adapters import Adapter, Fixed, check_parts
+from ..adapters import Adapter, Fixed, Role, check_parts
 from ..planning import Slot
+from ..structure import RANK, Factor
 from ._arrays import host
 from ._base_folder import BaseFolder
 from ._files import open_adapter
@@ -65,12 +67,39 @@ def _of_adapter(adapter: Adapter, base: BaseFolder, names: NameMap) -> Iterator[
         _check_matrices(name, adapter.train[name], fixed)
         train = {key: host(array) for key, array in adapter.train[name].items()}
         for index, arrays in _layers(train, fixed):
+            role, arrays = _of_leaf(fixed.role, arrays)
             path = _virtual(fixed.role.path, index, names)
             source = existing(names.tensor(path) or "", base)
             if fixed.role.kind == "whole":
                 yield _copy(arrays["whole"], source, names.layout(path))
             elif "a" not in arrays or arrays["a"].shape[-1]:
-                yield from _change(name, fixed, index, arrays, source, base, names)
+                site = Fixed(role, fixed)
+                yield from _change(name, site, index, arrays, source, base, names)
+
+
+def _of_leaf(
+    role: Role, arrays: dict[str, np.ndarray]
+) -> tuple[Role, dict[str, np.ndarray]]:
+    """The arrays of one layer of a part, with zeros around them, as the leaf's."""
+    part, leaf = role.part, role.leaf
+    if part is None:
+        return role, arrays
+    if role.kind == "dora":
+        raise AdapterError(
+            f"{role.name!r} has magnitudes for some of the leaf's outputs, which an "
+            "export has no word for. Merge it in memory: `lj.merge(params, adapter)`."
+        )
+    shape = part.leaf_shape(_shape(arrays, role))
+    axes = {
+        "a": (*role.inputs, RANK),
+        "b": (RANK, *role.outputs),
+        "bias": role.outputs,
+    }
+    laid = {
+        key: role.lay(Factor(jnp.asarray(array), axes[key]), shape)
+        for key, array in arrays.items()
+    }
+    return leaf, {key: host(factor.array) for key, factor in laid.items()}
 
 
 def _check_matrices(name: str, train: Mapping[str, Any], fixed: Fixed) -> None:
@@ -78,8 +107,9 @@ def _check_matrices(name: str, train: Mapping[str, Any], fixed: Fixed) -> None:
     if batch > stack:
         count = math.prod(next(iter(train.values())).shape[stack:batch])
         raise AdapterError(
-            f"{name!r} has factors for each of {count} experts, whose tensors a name "
-            "table cannot list. Merge it in memory: `lj.merge(params, adapter)`."
+            f"{name!r} has factors for each of {count} experts, or indices of a "
+            "declared batch axis, whose tensors a name table cannot list. Merge it in "
+            "memory: `lj.merge(params, adapter)`."
         )
     if fixed.role.groups > 1:
         raise AdapterError(
@@ -134,7 +164,7 @@ def _change(
 ) -> Iterator[Piece]:
     """The changes of one site with factors, or with trained rows."""
     role = fixed.role
-    slot = Slot(role, _shape(arrays, fixed), None, ())
+    slot = Slot(role, _shape(arrays, role), None, ())
     tensor = f"{names.head}{_WEIGHT}" if role.use == "head" else source
     path = _virtual(role.path, index, names)
     part = part_of(slot)
@@ -175,9 +205,8 @@ def _change(
         yield Piece(shifted, shifted, "shift", {"bias": bias}, scale)
 
 
-def _shape(arrays: Mapping[str, np.ndarray], fixed: Fixed) -> tuple[int, ...]:
-    """The shape of a leaf whose stacks are of one layer, as its arrays describe it."""
-    role = fixed.role
+def _shape(arrays: Mapping[str, np.ndarray], role: Role) -> tuple[int, ...]:
+    """The shape of what is adapted, its stacks of one layer, by its arrays."""
     shape = dict.fromkeys(role.stacked, 1)
     if role.kind == "rows":
         sizes = (1, *arrays["rows"].shape[1:])

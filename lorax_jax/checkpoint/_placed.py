@@ -5,6 +5,7 @@ from typing import NamedTuple
 from .._names import NameMap
 from ..planning import Plan, Slot
 from ._copies import adapted_modules, copy_site
+from ._fused import with_ranks
 from ._record import FileSite
 from ._sites import factor_site
 
@@ -44,6 +45,7 @@ def placed_sites(plan: Plan, names: NameMap | None) -> list[Placed]:
         for site, slot, i in sites
         if site.rank
     ]
+    found = found if names is None else with_ranks(found)
     adapted = adapted_modules([place.site for place in found])
     return found + [
         Placed(copy_site(slot, site, names, adapted), slot, i)

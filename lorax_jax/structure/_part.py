@@ -111,6 +111,13 @@ class Part:
         pairs = zip(self.owners, self.runs, strict=True)
         return tuple(shape[axis] if run is None else run.count for axis, run in pairs)
 
+    def leaf_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of a leaf whose part has this `shape`: undoes `shape`."""
+        sizes: dict[int, int] = {}
+        for axis, run, n in zip(self.owners, self.runs, shape, strict=True):
+            sizes[axis] = sizes.get(axis, 1) * (n if run is None else run.size)
+        return tuple(sizes.values())
+
     def viewed(self, axes: Sequence[int]) -> tuple[int, ...]:
         """The view's axes that are of these axes of the leaf, in their order."""
         return tuple(
