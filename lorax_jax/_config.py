@@ -15,6 +15,7 @@ from . import _peft
 from ._errors import ConfigError, closest
 from ._json import read_json
 from ._names import NameMap
+from ._parts import PartRule, leaf_axes, part_rules
 from ._ranges import checked_ranges
 
 Tie = Literal["shared", "lookup", "head"]
@@ -37,6 +38,9 @@ class Rule:
         tie: for a weight that is looked up and multiplied: which use is adapted.
         dora: whether outputs get magnitudes; `None` takes the configuration's.
         expect: how many sites the pattern must match; `None` accepts any number.
+        batch: axes of the leaf along which A and B get an entry for each index.
+        parts: the parts of the leaf that are adapted, a dict as in `part_rules`;
+            normalized to `PartRule`s. None adapts the whole leaf.
     """
 
     pattern: str
@@ -47,16 +51,19 @@ class Rule:
     tie: Tie | None = None
     dora: bool | None = None
     expect: int | None = None
+    batch: Any = ()
+    parts: Any = ()
 
     def __post_init__(self):
+        what = f"targets[{self.pattern!r}]"
         _check_regex("targets", self.pattern)
-        if self.rank is not None:
-            _check_rank(self.rank, f"targets[{self.pattern!r}]['rank']")
-        if self.dropout is not None:
-            _check_dropout(self.dropout, f"targets[{self.pattern!r}]['dropout']")
-        if self.alpha is not None:
-            _check_alpha(self.alpha, f"targets[{self.pattern!r}]['alpha']")
-        _check_tie(self.tie, f"targets[{self.pattern!r}]['tie']")
+        _check_numbers(self, what)
+        _check_tie(self.tie, f"{what}['tie']")
+        object.__setattr__(self, "batch", leaf_axes(self.batch, f"{what}['batch']"))
+        parts = part_rules(self.parts, f"{what}['parts']")
+        for part in parts:
+            _check_numbers(part, f"{what}['parts'][{part.name!r}]")
+        object.__setattr__(self, "parts", parts)
 
     def matches(self, path: str) -> bool:
         """Whether the pattern matches all of `path`."""
@@ -75,11 +82,24 @@ class LoraConfig:
     a stack can be matched by their virtual paths (`layers/3/attn/q_proj/kernel`) as
     well as by the path of the stacked leaf (`layers/attn/q_proj/kernel`).
 
+    One leaf may hold several weights, and a rule says which of them are adapted. Axes
+    count on the leaf, those of a stack included:
+
+    - `parts` names boxes of the leaf, each with an A and a B of its own:
+      `{".*/qkv": {"parts": {"q": {1: (0, 64)}, "v": {1: (128, 192), "rank": 4}}}}`
+      takes the columns 0 to 63 and 128 to 191. Where heads interleave, the axis is
+      viewed as several first. With 2 heads of 4 queries, a key and a value each,
+      `{1: {"split": (2, 6, 16), "take": (None, (0, 4), None)}}` are the queries.
+    - `batch` gives A and B an entry for each index of some axes, though the model does
+      not run along them in parallel: `{".*/kv_einsum": {"batch": 0}}` gives the keys
+      and the values in a kernel `(2, heads, in, size)` an adapter each.
+
     Args:
         targets: a regex, several, a dict from regex to overrides (`rank`, `alpha`,
-            `init`, `dropout`, `tie`, `expect`), `"all-linear"` (every weight that a
-            matrix product consumes, except the output head), or `None` for the query
-            and value projections of an architecture whose parameter names are known.
+            `init`, `dropout`, `tie`, `dora`, `expect`, `batch`, `parts`),
+            `"all-linear"` (every weight that a matrix product consumes, except the
+            output head), or `None` for the query and value projections of an
+            architecture whose parameter names are known.
         rank: columns of A, rows of B.
         alpha: numerator of the scale; `None` takes each rule's own rank, so `s` is 1
             (or `sqrt(rank)` with `rslora`).
@@ -239,16 +259,18 @@ class LoraConfig:
 
     def resolve(self, rule: Rule) -> Rule:
         """`rule` with the configuration's values where it says nothing."""
-        rank = self.rank if rule.rank is None else rule.rank
-        alpha = self.alpha if rule.alpha is None else rule.alpha
+        filled = dataclasses.replace(rule, **_numbers(rule, self))
+        parts = (dataclasses.replace(p, **_numbers(p, filled)) for p in rule.parts)
         return dataclasses.replace(
-            rule,
-            rank=rank,
-            alpha=rank if alpha is None else alpha,
-            init=self.init if rule.init is None else rule.init,
-            dropout=self.dropout if rule.dropout is None else rule.dropout,
+            filled,
+            # Only now: a part's own rank is its alpha where nobody says another.
+            alpha=filled.rank if filled.alpha is None else filled.alpha,
             tie=self.tie if rule.tie is None else rule.tie,
             dora=self.dora if rule.dora is None else rule.dora,
+            parts=tuple(
+                dataclasses.replace(p, alpha=p.rank if p.alpha is None else p.alpha)
+                for p in parts
+            ),
         )
 
 
@@ -335,6 +357,14 @@ def _token_rows(rows: Any) -> tuple[tuple[str | None, tuple[int, ...]], ...]:
     return tuple(out)
 
 
+def _numbers(rule: Rule | PartRule, usual: Any) -> dict[str, Any]:
+    """What a rule may say of its own, and what is `usual` where it does not."""
+    return {
+        name: getattr(usual if getattr(rule, name) is None else rule, name)
+        for name in ("rank", "alpha", "init", "dropout")
+    }
+
+
 def _indices(layers: Any) -> tuple[int, ...] | None:
     if layers is None:
         return None
@@ -355,6 +385,15 @@ def _check_regex(name: str, pattern: Any) -> None:
             f"`{name}` holds {pattern!r}, which is not a regex: {error}. A path is "
             r"matched whole, so `.*/q_proj/kernel` finds it at any depth."
         ) from None
+
+
+def _check_numbers(rule: Rule | PartRule, what: str) -> None:
+    if rule.rank is not None:
+        _check_rank(rule.rank, f"{what}['rank']")
+    if rule.dropout is not None:
+        _check_dropout(rule.dropout, f"{what}['dropout']")
+    if rule.alpha is not None:
+        _check_alpha(rule.alpha, f"{what}['alpha']")
 
 
 def _check_rank(rank: Any, name: str) -> None:

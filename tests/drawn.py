@@ -31,7 +31,7 @@ def drawn(plan, params=None, size=0.3):
 
 
 def _fill(slot, site, i, arrays, size):
-    draw = np.random.default_rng([ord(c) for c in site.path])
+    draw = np.random.default_rng([ord(c) for c in site.name])
     at = np.unravel_index(i, slot.layers) if slot.layers else ()
     if slot.role.kind == "whole":
         whole, axes = arrays["whole"], slot.role.stacked

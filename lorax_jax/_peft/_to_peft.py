@@ -47,6 +47,14 @@ def _to_peft(config: Any, names: NameMap) -> dict[str, Any]:
         fields |= beside_to_peft(config, (), names)
         return dict(sorted(fields.items()))
     rules = [config.resolve(rule) for rule in config.rules]
+    for name in ("parts", "batch"):
+        said = next((rule.pattern for rule in rules if getattr(rule, name)), None)
+        if said is not None:
+            raise ConfigError(
+                f"The rule {said!r} has `{name}`, for which PEFT's configuration has "
+                "no word: there a module has one A and one B. Keep the `LoraConfig`; "
+                "the adapter can be saved without `names`, or merged."
+            )
     fields["lora_dropout"] = _only("dropout", {rule.dropout for rule in rules})
     fields["init_lora_weights"] = _init(_only("init", {rule.init for rule in rules}))
     fields["use_dora"] = _only("dora", {rule.dora for rule in rules})

@@ -10,6 +10,7 @@ from ._bind import check_parts as check_parts
 from ._dora import Dora as Dora
 from ._dora import base_norm as base_norm
 from ._dora import column_norm as column_norm
+from ._dora import takes_inputs as takes_inputs
 from ._join import join as join
 from ._kind import KINDS as KINDS
 from ._lora import LowRank as LowRank
@@ -20,6 +21,7 @@ from ._random import stable_hash as stable_hash
 from ._role import Adapter as Adapter
 from ._role import Fixed as Fixed
 from ._role import Role as Role
+from ._role import named as named
 from ._rows import Rows as Rows
 from ._shapes import not_floating as not_floating
 from ._stored import stored as stored

@@ -44,6 +44,8 @@ class Dora(Term):
     The norm is that of the base weight and this adapter alone, and no gradient goes
     through it, as in section 4.3 of the paper. It is taken when the adapter is bound,
     on the whole weight: whatever part of the weight a model uses, the gain is the same.
+    Of an adapted part of a leaf, norms and magnitudes are those of the part's columns,
+    and outputs outside of it have a gain of 1.
 
     With dropout, `x` is dropped in the low-rank part and in the correction of the base
     alike: `y' = x W + (g - 1) (x~ W) + g s (x~ A) B`.
@@ -121,12 +123,18 @@ def bind_dora(site: Site):
             f"{role.path!r} is the kernel of a grouped convolution, for which DoRA is "
             "not defined here. Adapt it without `dora`."
         )
+    if role.part is not None and takes_inputs(role):
+        raise AdapterError(
+            f"{role.name!r} takes some of the inputs, and DoRA's magnitudes are of "
+            "whole columns. Adapt it without `dora`."
+        )
     low = low_rank(site)
     weight = base.base if isinstance(base, Adapted) else base
     # No gradient reaches the norm, so nothing is kept for it.
-    a, b, scale = jax.tree.map(
-        lax.stop_gradient, (low.a.array, low.b.array, site.fixed["scale"])
-    )
+    factors = low.a.array, low.b.array
+    if role.part is not None:
+        factors = site.train["a"], site.train["b"]
+    a, b, scale = jax.tree.map(lax.stop_gradient, (*factors, site.fixed["scale"]))
     norm = column_norm(weight, a, b, scale, site.fixed["norm"], role)
     # A column of zeros has no direction, and stays zero whatever the gain. Layers of a
     # stack that are not adapted have magnitudes too, which mean nothing.
@@ -135,7 +143,21 @@ def bind_dora(site: Site):
     acts = (norm > 0) & adapted
     gain = jnp.where(acts, site.train["magnitude"] / jnp.where(acts, norm, 1), 1)
     factor = Factor(gain, axes)
+    if role.part is not None:  # what is not of the part keeps its length
+        factor = role.lay(factor, weight.shape)
+        inside = role.lay(Factor(jnp.ones_like(gain), axes), weight.shape).array > 0
+        factor = Factor(jnp.where(inside, factor.array, 1), factor.axes)
     return site.with_term(Dora(low, laid_out_like(weight, factor)))
+
+
+def takes_inputs(role: Role) -> bool:
+    """Whether a part of a leaf is one along its inputs."""
+    runs = role.part.runs if role.part is not None else ()
+    return any(
+        run is not None and run.count < run.size
+        for axis, run in enumerate(runs)
+        if axis in role.inputs
+    )
 
 
 def base_norm(weight: Any, role: Role) -> jax.Array:
@@ -153,10 +175,14 @@ def base_norm(weight: Any, role: Role) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=1)
 def _base_norm(weight: Any, role: Role) -> jax.Array:
-    if is_weight(weight):
+    if is_weight(weight) and role.part is None:
         squares = weight.squares(role.inputs)
     else:
-        wide_ = weight.astype(jnp.float32)
+        dense = weight.dense() if is_weight(weight) else weight
+        if role.part is not None:
+            whole = Factor(dense, tuple(range(dense.ndim)))
+            dense = role.part.take(whole, dense.shape).array
+        wide_ = dense.astype(jnp.float32)
         squares = jnp.square(wide_).sum(role.inputs, keepdims=True)
     order = (*role.batch, *role.outputs, *role.inputs)
     squares = jnp.transpose(squares, order)
@@ -183,7 +209,7 @@ def column_norm(weight, a, b, scale, base_norm, role: Role) -> jax.Array:
         The norms, float32, shape `(*batch, *out)`.
     """
     a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-    down = _through_weight(weight, a, role)  # (*batch, rank, *out)
+    down = _down(weight, a, role)  # (*batch, rank, *out)
     labels = (*role.batch, RANK, *role.outputs)
     a_labels = (*role.batch, *role.inputs, RANK)
     gram, gram_labels = product(
@@ -214,8 +240,24 @@ def column_norm(weight, a, b, scale, base_norm, role: Role) -> jax.Array:
     return jnp.sqrt(jnp.maximum(total, noise**2))
 
 
+def _down(weight, a: jax.Array, role: Role) -> jax.Array:
+    """`A^T W` in float32: shape `(*batch, rank, *out)`.
+
+    Of a part, through the whole leaf: a slice of the weight would be a copy of it.
+    """
+    if role.part is None:
+        return _through_weight(weight, a, role)
+    leaf, shape = role.leaf, weight.shape
+    laid = role.lay(Factor(a, (*role.batch, *role.inputs, RANK)), shape)
+    found = _through_weight(weight, laid.array, leaf)
+    down = Factor(found, (*leaf.batch, RANK, *leaf.outputs))
+    part = role.part.take(down, shape)
+    assert part.axes == (*role.batch, RANK, *role.outputs)
+    return part.array
+
+
 def _through_weight(weight, a: jax.Array, role: Role) -> jax.Array:
-    """`A^T W` in float32: shape `(*batch, rank, *out)`."""
+    """`A^T W` of a leaf: shape `(*batch, rank, *out)`."""
     op = Dot(
         contract=tuple((len(role.batch) + i, w) for i, w in enumerate(role.inputs)),
         batch=tuple(enumerate(role.batch)),

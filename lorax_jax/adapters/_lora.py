@@ -175,20 +175,25 @@ def low_rank(site: Site) -> LowRank:
     scale = fixed["scale"] if is_one else fixed["scale"] * site.weight
     key, dropout = site.key, fixed.get("dropout")
     if key is not None and dropout is not None:
-        key = Factor(dropout_keys(key, role, jnp.shape(dropout)), role.stacked)
-        dropout = Factor(dropout, role.stacked)
+        layers = role.leaf.stacked
+        key = Factor(dropout_keys(key, role, jnp.shape(dropout)), layers)
+        dropout = Factor(dropout, layers)
     else:
         key = dropout = None
     bias = site.train.get("bias")
+
+    def laid(array, axes) -> Factor:
+        factor = role.lay(Factor(array, axes), site.base.shape)
+        return laid_out_like(site.base, factor)
+
     if bias is not None:
-        bias = Factor(bias, (*role.batch, *role.outputs))
-        bias = laid_out_like(site.base, bias)
+        bias = laid(bias, (*role.batch, *role.outputs))
     groups = (GROUP,) if role.groups > 1 else ()
     axes = (*role.batch, *role.inputs, *groups, RANK)
     return LowRank(
-        a=laid_out_like(site.base, Factor(a, axes)),
-        b=laid_out_like(site.base, Factor(b, (*role.batch, RANK, *role.outputs))),
-        scale=Factor(scale, role.stacked),
+        a=laid(a, axes),
+        b=laid(b, (*role.batch, RANK, *role.outputs)),
+        scale=Factor(scale, role.leaf.stacked),
         bias=bias,
         key=key,
         dropout=dropout,

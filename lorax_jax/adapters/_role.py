@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from ..structure import Use
+from ..structure import Factor, Part, Use
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +27,8 @@ class Role:
         groups: in how many runs the outputs see inputs of their own, as in grouped
             convolutions; each run has an A and a B.
         kind: what the adapter keeps for the weight: a name in `KINDS`.
+        part: the part of the leaf that is adapted, or `None` for all of it. Then all
+            axes above are those of its view, and sizes are those of the part.
     """
 
     path: str
@@ -38,12 +40,46 @@ class Role:
     use: Use | None = None
     groups: int = 1
     kind: str = "lora"
+    part: Part | None = None
 
     @property
     def name(self) -> str:
         """The key of the adapted weight in `Adapter.train` and `Adapter.fixed`."""
-        suffix = "rows" if self.kind == "rows" else self.use
-        return f"{self.path}@{suffix}" if suffix else self.path
+        return named(self.path, self.suffix)
+
+    @property
+    def suffix(self) -> str | None:
+        """What tells it from other sites on the same leaf, if anything does."""
+        if self.part is not None:
+            return self.part.name
+        return "rows" if self.kind == "rows" else self.use
+
+    @property
+    def leaf(self) -> "Role":
+        """The roles of the leaf's own axes."""
+        part = self.part
+        if part is None:
+            return self
+        return dataclasses.replace(
+            self,
+            inputs=part.merged(self.inputs),
+            outputs=part.merged(self.outputs),
+            batch=part.merged(self.batch),
+            part=None,
+        )
+
+    def of_part(self, part: Part) -> "Role":
+        """The roles in a part of a leaf, of which these are the roles: undoes `leaf`.
+
+        The part takes all layers of the stacked axes.
+        """
+        return dataclasses.replace(
+            self,
+            inputs=part.viewed(self.inputs),
+            outputs=part.viewed(self.outputs),
+            batch=part.viewed(self.batch),
+            part=part,
+        )
 
     @property
     def stacked(self) -> tuple[int, ...]:
@@ -55,14 +91,28 @@ class Role:
         """The size of A's axis of groups, or nothing."""
         return (self.groups,) if self.groups > 1 else ()
 
+    def shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of what is adapted of a leaf of this `shape`."""
+        return tuple(shape) if self.part is None else self.part.shape(shape)
+
+    def layer_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The same of a single layer of a stack."""
+        sizes = enumerate(self.shape(shape))
+        return tuple(n for axis, n in sizes if axis not in self.stacked)
+
     def sizes(self, shape: Sequence[int], axes: Sequence[int]) -> tuple[int, ...]:
-        """Sizes of some axes of a weight of this `shape`."""
-        return tuple(shape[axis] for axis in axes)
+        """Sizes of some axes of what is adapted of a leaf of this `shape`."""
+        own = self.shape(shape)
+        return tuple(own[axis] for axis in axes)
+
+    def lay(self, factor: Factor, shape: Sequence[int]) -> Factor:
+        """A factor of what is adapted as one of the leaf of this `shape`."""
+        return factor if self.part is None else self.part.lay(factor, shape)
 
     def shapes(
         self, shape: Sequence[int], rank: int
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shapes of `a` and `b` of a weight of this `shape`.
+        """Shapes of `a` and `b` of a leaf of this `shape`.
 
         >>> Role("w", inputs=(1,), outputs=(2,), batch=(0,)).shapes((3, 8, 6), 2)
         ((3, 8, 2), (3, 2, 6))
@@ -75,6 +125,15 @@ class Role:
             self.sizes(shape, self.outputs),
         )
         return (*batch, *inputs, *self.grouped, rank), (*batch, rank, *outputs)
+
+
+def named(path: str, suffix: str | None) -> str:
+    """A path, and what tells a site from others there.
+
+    >>> named("h/0/qkv", "q"), named("h/0/qkv", None)
+    ('h/0/qkv@q', 'h/0/qkv')
+    """
+    return f"{path}@{suffix}" if suffix else path
 
 
 @jax.tree_util.register_pytree_with_keys_class

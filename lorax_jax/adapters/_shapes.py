@@ -26,7 +26,8 @@ def check_factors(base: Any, a: Any, b: Any, role: Role) -> None:
     """Raises if the factors do not fit the weight."""
     check_weight(base, role)
     shape = tuple(base.shape)
-    if max((*role.inputs, *role.outputs, *role.batch), default=-1) >= len(shape):
+    axes = max((*role.leaf.inputs, *role.leaf.outputs, *role.leaf.batch), default=-1)
+    if axes >= len(shape) or not (role.part is None or role.part.fits(shape)):
         raise AdapterError(_misfit(role, shape, a, b))
     rank = jnp.shape(a)[-1] if jnp.ndim(a) else 0
     if (jnp.shape(a), jnp.shape(b)) != role.shapes(shape, rank):
@@ -46,9 +47,20 @@ def _misfit(role: Role, shape: tuple[int, ...], a: Any, b: Any) -> str:
         f"The adapter of {role.name!r} does not fit the weight there.\n"
         f"  weight  shape {shape}, in {role.inputs}, out {role.outputs}, "
         f"batch {role.batch}, groups {role.groups}\n"
-        f"  a, b    shapes {jnp.shape(a)} and {jnp.shape(b)}\n"
+        + _viewed(role)
+        + f"  a, b    shapes {jnp.shape(a)} and {jnp.shape(b)}\n"
         "Bind it to the parameters that it was planned on."
     )
+
+
+def _viewed(role: Role) -> str:
+    if role.part is None:
+        return ""
+    axes = [
+        "all" if run is None else f"{run.start}:{run.stop}:{run.step} of {run.size}"
+        for run in role.part.runs
+    ]
+    return f"  part    {', '.join(axes)} of the axes, split as {role.part.owners}\n"
 
 
 def laid_out_like(base: Any, factor: Factor) -> Factor:

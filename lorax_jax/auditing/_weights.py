@@ -2,11 +2,11 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from .. import _paths
-from ..adapters import Adapter, is_weight
+from ..adapters import Adapter, Role, is_weight
 from ..transform import Visit
 
 
@@ -46,18 +46,15 @@ def weights(params: Any, adapter: Adapter) -> Weights:
     for name, fixed in adapter.fixed.items():
         role, shape = fixed.role, shapes[fixed.role.path]
         forms = [shape]
-        for dropped in (role.stacked, role.batch):
-            rest = [n for axis, n in enumerate(shape) if axis not in dropped]
-            batch = [axis for axis in role.batch if axis not in dropped]
-            sides = [
-                math.prod(role.sizes(shape, side))
-                for side in (role.inputs, role.outputs)
-            ]
-            forms += [tuple(rest), (*role.sizes(shape, batch), *sides)]
+        held = [array.shape for array in adapter.train[name].values()]
+        if role.part is not None:  # the leaf is given away by more than the part
+            forms += _forms(role.leaf, shape)
+            held += role.leaf.shapes(shape, adapter.train[name]["a"].shape[-1])
+        forms += _forms(role, shape)
         sites[name] = frozenset(k for k in map(key, forms) if len(k) > 1)
-        for part in adapter.train[name].values():
+        for sizes in held:
             for batch in (0, len(role.stacked), len(role.batch)):
-                factors.add(key(part.shape[batch:]))
+                factors.add(key(sizes[batch:]))
     every: dict[tuple[int, ...], str] = {}
     for path, shape in shapes.items():
         # Of a weight that nobody adapts, no one says which axis is a stack: the first.
@@ -67,3 +64,15 @@ def weights(params: Any, adapter: Adapter) -> Weights:
     for name, keys in sites.items():
         every |= {k: name for k in keys}
     return Weights(sites, every, frozenset(factors))
+
+
+def _forms(role: Role, shape: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """Shapes that give a leaf of this `shape` away: without batch axes, as matrices."""
+    for dropped in (role.stacked, role.batch):
+        rest = (n for axis, n in enumerate(role.shape(shape)) if axis not in dropped)
+        batch = [axis for axis in role.batch if axis not in dropped]
+        sides = (
+            math.prod(role.sizes(shape, side)) for side in (role.inputs, role.outputs)
+        )
+        yield tuple(rest)
+        yield (*role.sizes(shape, batch), *sides)

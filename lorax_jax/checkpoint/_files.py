@@ -11,6 +11,7 @@ from .._errors import CheckpointError, shorten
 from .._json import parse_json, read_json
 from .._ranges import Ranges
 from ._copies import adapted_modules, tensor_name
+from ._fused import tiled
 from ._record import FIELD, Record, decode
 from ._safetensors import Reader
 
@@ -81,6 +82,11 @@ def open_adapter(folder: str | os.PathLike) -> Iterator[AdapterFiles]:
         if text is not None:
             parsed = parse_json(text.encode(), f"The metadata of {what}")
             record = decode(parsed, what)
+            if not tiled(record.sites):
+                raise CheckpointError(
+                    f"The metadata of {what} gives ranks of a module to none of its "
+                    "parts, or to two: the file was changed or damaged."
+                )
         files = AdapterFiles(folder, config, tensors, record)
         if record is None and not config:
             raise CheckpointError(
@@ -134,11 +140,11 @@ def _check_agreement(files: AdapterFiles, record: Record) -> None:
             continue
         rank, _, scale = ranks(site.target)
         close = abs(scale - site.scale) <= 1e-6 * max(abs(scale), abs(site.scale))
-        if rank != site.rank or not close:
+        if rank != site.module_rank or not close:
             raise CheckpointError(
                 f"{CONFIG} and {TENSORS} in {files.folder} disagree about "
                 f"{site.target}: rank {rank} and scale {scale:g} in the one, "
-                f"{site.rank} and "
+                f"{site.module_rank} and "
                 f"{site.scale:g} in the other. One of them was changed. To follow the "
                 "configuration, remove the tensors' metadata and give `names`."
             )

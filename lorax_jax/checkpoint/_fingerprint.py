@@ -40,7 +40,7 @@ def fingerprints(slot: Slot, leaves: Mapping[str, Any]) -> list[str] | None:
     here = getattr(held, "is_fully_addressable", True)
     if not here or not held.size or not jnp.issubdtype(leaf.dtype, jnp.floating):
         return None
-    stacked = slot.role.stacked
+    stacked = slot.role.leaf.stacked
     kept = [n for axis, n in enumerate(slot.shape) if axis not in stacked]
     # Spread over the weight, from its first value to its last.
     flat = np.arange(SAMPLES) * (math.prod(kept) - 1) // (SAMPLES - 1)

@@ -19,6 +19,7 @@ from ._arrays import Tensors, shapes
 from ._edited import edited
 from ._files import TENSORS, AdapterFiles, open_adapter
 from ._fingerprint import differ, fingerprints
+from ._fused import taken
 from ._keys import PREFIX, explain
 from ._peft_sites import mirrored, peft_sites
 from ._placed import Placed, placed_sites
@@ -180,7 +181,7 @@ class Loading:
         return adapter, Receipt(
             expected=expected,
             sites=len(kept),
-            tensors=sum(len(self._all_keys(place.site)) for place in places),
+            tensors=len({key for p in places for key in self._all_keys(p.site)}),
             leaves=len({place.slot.role.path for place in places}),
             missing=tuple(self.missing),
             unexpected=tuple(map(explain, self.left)),
@@ -247,7 +248,16 @@ class Loading:
         if not self._is_planned_kind(place):
             return False
         before = len(self.missing) + len(self.misshapen) + len(self.changed)
+        part = slot.role.part
+        if part is not None and not part.fits(slot.shape):
+            self.changed.append(
+                f"{site.key} is a part of a weight whose axes are viewed as "
+                f"{part.view(slot.shape)}, and {site.path} has the shape {slot.shape}"
+            )
         wanted = shapes(slot, site.rank)
+        if site.ranks is not None:
+            leaf = dataclasses.replace(slot, role=slot.role.leaf)
+            wanted = shapes(leaf, site.module_rank)
         if site.order is not None:
             if len(site.order) == len(slot.inputs):
                 wanted = _kernels.shapes(site.order, slot.inputs, wanted)
@@ -272,6 +282,11 @@ class Loading:
             self._check_planned(place)
         if len(self.missing) + len(self.misshapen) + len(self.changed) > before:
             return False
+        if site.ranks is not None and self._taken(place) is None:
+            self.changed.append(
+                f"{site.key} holds values outside of its part {site.name[1]!r}"
+            )
+            return False
         one, other = site.keys(self.prefix), site.tied_keys(self.prefix)
         if other and not mirrored(self.files.tensors, one, other):
             first, second = list(one.values())[-1], next(iter(other.values()))
@@ -281,6 +296,12 @@ class Loading:
             )
             return False
         return True
+
+    def _taken(self, place: Placed) -> Tensors | None:
+        """A part's tensors out of its module's, if those are zero outside of it."""
+        keys = place.site.keys(self.prefix)
+        held = {name: self.files.tensors.read(key) for name, key in keys.items()}
+        return taken(place.site, place.slot, held)
 
     def _is_planned_kind(self, place: Placed) -> bool:
         """Whether a site is of the kind that the plan says."""
@@ -411,6 +432,8 @@ class Loading:
             found["rows"] = found["rows"][np.argsort(place.site.ids)]
         if place.site.parameter is not None:
             return _packed.to_ours(place.site.mirrored, place.slot.experts, found)
+        if place.site.ranks is not None:
+            return taken(place.site, place.slot, found)
         order = place.site.order
         return found if order is None else _kernels.to_ours(order, found)
 

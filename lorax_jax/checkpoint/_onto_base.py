@@ -16,6 +16,7 @@ from ..adapters import Adapter
 from ._base_folder import BaseFolder
 from ._copies import tensor_name
 from ._files import AdapterFiles
+from ._fused import whole_modules
 from ._kernels import is_turned, order_in, turned_back
 from ._keys import parse, prefix_of
 from ._load import Loading
@@ -65,9 +66,8 @@ def load_onto(
             )
         names = _own_names(files, base)
         if record is not None:
-            sites = tuple(
-                new for site in record.sites for new in _renamed(site, names, base)
-            )
+            known = whole_modules(record.sites, rslora=record.rslora)
+            sites = tuple(new for site in known for new in _renamed(site, names, base))
             files = files._replace(record=dataclasses.replace(record, sites=sites))
     params: dict[str, Any] = {}
     for tensor in base:
@@ -153,7 +153,8 @@ def _leaf(
     elif names.layout(path) == "linear" and leaf.ndim == 3:  # experts stay in front
         leaf = leaf.swapaxes(1, 2)
     sites = files.record.sites if files.record is not None else ()
-    shape = next((s.part.shape for s in sites if s.path == path and s.part), leaf.shape)
+    parts = (s.part.leaf_shape for s in sites if s.path == path and s.part)
+    shape = next(parts, leaf.shape)
     if shape == leaf.shape or math.prod(shape) != math.prod(leaf.shape):
         return leaf
     if leaf.flags.c_contiguous:

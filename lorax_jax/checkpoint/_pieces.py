@@ -6,12 +6,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from .._errors import AdapterError, CheckpointError, closest, shorten
 from .._names import Layout, NameMap
 from ..adapters import Adapter, Fixed, Role, check_parts
 from ..planning import Slot
+from ..structure import RANK, Factor
 from ._arrays import host
 from ._base_folder import BaseFolder
 from ._files import open_adapter
@@ -66,13 +68,44 @@ def _of_adapter(adapter: Adapter, base: BaseFolder, names: NameMap) -> Iterator[
         _check_matrices(name, adapter.train[name], fixed)
         train = {key: host(array) for key, array in adapter.train[name].items()}
         for index, arrays in _layers(train, fixed):
-            for path, expert, held in _experts(fixed.role, index, arrays, names):
+            role, arrays = _of_leaf(fixed.role, arrays)
+            site = Fixed(role, fixed)
+            for path, expert, held in _experts(role, index, arrays, names):
                 source = existing(names.tensor(path) or "", base)
-                if fixed.role.kind == "whole":
+                if role.kind == "whole":
                     yield _copy(held["whole"], source, names.layout(path))
                 elif "a" not in held or held["a"].shape[-1]:
-                    found = _change(name, fixed, index, held, path, source, base, names)
+                    found = _change(name, site, index, held, path, source, base, names)
                     yield from (replace(piece, expert=expert) for piece in found)
+
+
+def _of_leaf(
+    role: Role, arrays: dict[str, np.ndarray]
+) -> tuple[Role, dict[str, np.ndarray]]:
+    """The arrays of one layer of a part, with zeros around them, as the leaf's."""
+    part, leaf = role.part, role.leaf
+    if part is None:
+        return role, arrays
+    for wrong, what in (
+        (role.kind == "dora", "magnitudes for some of the leaf's outputs"),
+        (len(role.batch) > role.stack, "factors for each expert"),
+    ):
+        if wrong:
+            raise AdapterError(
+                f"{role.name!r} is a part of a leaf and has {what}, which an export "
+                "has no word for. Merge it in memory: `lj.merge(params, adapter)`."
+            )
+    shape = part.leaf_shape(_shape(arrays, role))
+    axes = {
+        "a": (*role.inputs, RANK),
+        "b": (RANK, *role.outputs),
+        "bias": role.outputs,
+    }
+    laid = {
+        key: role.lay(Factor(jnp.asarray(array), axes[key]), shape)
+        for key, array in arrays.items()
+    }
+    return leaf, {key: host(factor.array) for key, factor in laid.items()}
 
 
 def _check_matrices(name: str, train: Mapping[str, Any], fixed: Fixed) -> None:
@@ -224,7 +257,7 @@ def _without_experts(role: Role) -> Role:
 
 
 def _shape(arrays: Mapping[str, np.ndarray], role: Role) -> tuple[int, ...]:
-    """The shape of a leaf whose stacks are of one layer, as its arrays describe it."""
+    """The shape of what is adapted, its stacks of one layer, by its arrays."""
     shape = dict.fromkeys(role.stacked, 1)
     if role.kind == "rows":
         sizes = (1, *arrays["rows"].shape[1:])

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from .._names import NameMap
 from ..planning import Plan, Slot
 from ._copies import adapted_modules, copy_site
+from ._fused import with_ranks
 from ._packed import keys_of
 from ._record import FileSite
 from ._sites import factor_site
@@ -47,7 +48,7 @@ def placed_sites(plan: Plan, names: NameMap | None) -> list[Placed]:
         if site.rank
     ]
     if names is not None:
-        found = _nested(found, names)
+        found = with_ranks(_nested(found, names))
     adapted = adapted_modules([place.site for place in found])
     return found + [
         Placed(copy_site(slot, site, names, adapted), slot, i)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from .. import _paths
 from .._config import LoraConfig, Rule
 from .._errors import CheckpointError
+from .._parts import PartRule, Where
 from .._ranges import Ranges
 from ..adapters import Adapter, Fixed, base_norm, stored
 from ..planning import Plan, Site, Slot, parameters
@@ -46,9 +47,8 @@ def plan_of(
     Returns:
         A plan whose rules name exactly these sites.
     """
-    sites = [place.site for place in placed]
     more = {"rslora": rslora, "bias": bias, "layer_replication": layer_replication}
-    config, rule_of = _config(sites, bias, more | {"dtype": dtype})
+    config, rule_of = _config(placed, bias, more | {"dtype": dtype})
     by_slot: dict[str, dict[int, Site]] = {}
     slots: dict[str, Slot] = {}
     for place in placed:
@@ -159,22 +159,27 @@ Names = dict[tuple[str, str | None], str]
 
 
 def _config(
-    sites: Sequence[FileSite], bias: str, more: Mapping[str, Any]
+    placed: Sequence[Placed], bias: str, more: Mapping[str, Any]
 ) -> tuple[LoraConfig, Names]:
     """A configuration that names exactly these sites, and which rule takes which."""
     rule_of: Names = {}
+    sites = [place.site for place in placed]
     factors = [site for site in sites if site.low_rank]
-    usual = collections.Counter(_numbers(site) for site in factors).most_common(1)[0][0]
+    counts = collections.Counter(_numbers(site) for site in factors)
+    usual: dict[str, Any] = dict(
+        zip(_NUMBERS, counts.most_common(1)[0][0], strict=True)
+    )
+    leaves: dict[tuple[str, str | None], list[Placed]] = {}  # parts of one together
+    for place in placed:
+        if place.site.low_rank:
+            leaves.setdefault((place.site.path, place.site.use), []).append(place)
     groups: dict[tuple[Any, ...], list[FileSite]] = {}
-    for site in factors:
-        tie = "shared" if site.tied is not None else site.use
-        key = _numbers(site), tie, _digits(site.path)
-        groups.setdefault(key, []).append(site)
+    for (path, _), places in leaves.items():
+        key = _overrides(places, usual), _digits(path)
+        groups.setdefault(key, []).extend(place.site for place in places)
     rules = []
-    for (numbers, tie, _), group in groups.items():
-        pattern = _name(rule_of, group)
-        over = zip(_NUMBERS, numbers, usual, strict=True)
-        rules.append(Rule(pattern, tie=tie, **{k: v for k, v, u in over if v != u}))
+    for (overrides, _), group in groups.items():
+        rules.append(Rule(_name(rule_of, group), **dict(overrides)))
     adapted = {_paths.sibling(site.path, "bias") for site in factors}
     families: dict[tuple[str, ...], list[FileSite]] = {}
     token_rows = {}
@@ -189,7 +194,7 @@ def _config(
     whole = [_name(rule_of, group) for group in families.values()]
     config = LoraConfig(
         rules,
-        **dict(zip(_NUMBERS, usual, strict=True)),
+        **usual,
         lora_bias=any(site.bias for site in factors),
         whole=whole,
         token_rows=token_rows,
@@ -205,9 +210,39 @@ def _numbers(site: FileSite) -> tuple[Any, ...]:
     return site.rank, site.alpha, site.dropout, site.kind == "dora"
 
 
+def _overrides(places: Sequence[Placed], usual: dict[str, Any]) -> tuple[Any, ...]:
+    """What the rule of a leaf says, as pairs; the places are its parts, or it."""
+    site, role = places[0].site, places[0].slot.role
+    found: dict[str, Any] = {"tie": "shared" if site.tied is not None else site.use}
+    if role.groups == 1:
+        found["batch"] = role.leaf.batch[role.stack :]
+    if role.part is None:
+        return *found.items(), *_unusual(site, usual, _NUMBERS)
+    parts = []
+    for site, slot, _ in places:
+        assert slot.role.part is not None
+        where = (
+            Where(
+                axis,
+                tuple(run.size for run in runs) if len(runs) > 1 else (),
+                tuple((run.start, run.stop, run.step) for run in runs),
+            )
+            for axis, runs in enumerate(slot.role.part.axes)
+            if runs is not None
+        )
+        numbers = _unusual(site, usual, ("rank", "alpha", "dropout"))
+        parts.append(PartRule(slot.role.part.name, tuple(where), **dict(numbers)))
+    return *found.items(), ("parts", tuple(parts)), *_unusual(site, usual, ("dora",))
+
+
+def _unusual(site: FileSite, usual: dict[str, Any], names: Sequence[str]) -> Any:
+    values: dict[str, Any] = dict(zip(_NUMBERS, _numbers(site), strict=True))
+    return tuple((name, values[name]) for name in names if values[name] != usual[name])
+
+
 def _name(rule_of: Names, sites: Sequence[FileSite]) -> str:
     """A pattern of the sites, noted down as the rule of each."""
-    pattern = _pattern([site.path for site in sites])
+    pattern = _pattern(list(dict.fromkeys(site.path for site in sites)))
     rule_of |= dict.fromkeys((site.name for site in sites), pattern)
     return pattern
 
@@ -236,7 +271,6 @@ def _site(place: Placed, rule: str) -> Site:
     for n in reversed(slot.layers):
         index.append(left % n)
         left //= n
-    kept = [axis for axis in range(len(slot.shape)) if axis not in role.stacked]
     vectors = site.bias + (site.kind == "dora")
     values = parameters(role, slot.shape, site.rank, vectors)
     if site.kind == "rows":
@@ -248,7 +282,7 @@ def _site(place: Placed, rule: str) -> Site:
         leaf=role.path,
         part=tuple(zip(role.stacked, reversed(index), strict=True)),
         use=role.use,
-        shape=role.sizes(slot.shape, kept),
+        shape=role.layer_shape(slot.shape),
         role=role,
         rank=site.rank,
         alpha=site.alpha,

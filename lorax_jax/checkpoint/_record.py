@@ -16,7 +16,8 @@ from typing import Any, Literal
 from .._errors import CheckpointError, ConfigError
 from .._ranges import Ranges, checked_ranges
 from ..adapters import KINDS
-from ..structure import Use
+from ..structure import Part as Box
+from ..structure import Run, Use
 from ._keys import PREFIX, keys
 
 # The metadata's name in the header, and its version: 1 where all is plain LoRA, which
@@ -47,6 +48,10 @@ class Part:
         lookup: whether the weight is an embedding, looked up along `inputs`.
         stack: where the layers' axes are in a stacked leaf if not in front.
         groups: the groups of a grouped convolution, if it is one.
+        name: what the part of a fused leaf is called; then all of the above is of the
+            part, whose axes are those of a view.
+        view: for each of the layer's own axes, `(size, start, stop, step)` for each of
+            the axes that it is viewed as, or `None` where it is left as it is.
     """
 
     shape: tuple[int, ...]
@@ -56,6 +61,24 @@ class Part:
     lookup: bool = False
     stack: tuple[int, ...] | None = None
     groups: int | None = None
+    name: str | None = None
+    view: tuple[tuple[tuple[int, int, int, int], ...] | None, ...] | None = None
+
+    @property
+    def box(self) -> Box | None:
+        """The part of a fused leaf, a single layer's."""
+        if self.view is None or self.name is None:
+            return None
+        runs = (
+            None if axis is None else tuple(Run(*run) for run in axis)
+            for axis in self.view
+        )
+        return Box(self.name, tuple(runs))
+
+    @property
+    def leaf_shape(self) -> tuple[int, ...]:
+        """The shape of the layer's weight, of which it may be a part."""
+        return self.shape if self.box is None else self.box.leaf_shape(self.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +111,8 @@ class FileSite:
         parameter: of a bare parameter with PEFT's keys: the tensor's name. Its factors
             are packed; see `_packed.py`.
         mirrored: whether PEFT's A runs along our outputs there.
+        ranks: of a part of a leaf with PEFT's keys, which hold all parts of the leaf:
+            its first rank there, and how many there are.
         turned: where `part` is not said: our array is `(d_out, d_in)`. Not recorded.
     """
 
@@ -109,12 +134,19 @@ class FileSite:
     order: tuple[int, ...] | None = None
     parameter: str | None = None
     mirrored: bool = False
+    ranks: tuple[int, int] | None = None
     turned: bool = False
 
     @property
     def name(self) -> tuple[str, str | None]:
         """What tells it from other sites, those of the same path included."""
-        return self.path, "rows" if self.kind == "rows" else self.use
+        part = None if self.part is None else self.part.name
+        return self.path, part or ("rows" if self.kind == "rows" else self.use)
+
+    @property
+    def module_rank(self) -> int:
+        """The rank of the tensors under its keys."""
+        return self.rank if self.ranks is None else self.ranks[1]
 
     @property
     def low_rank(self) -> bool:
@@ -160,7 +192,10 @@ class Record:
     def encode(self) -> dict[str, str]:
         """The header's metadata."""
         plain = self.layer_replication is None and all(
-            site.kind == "lora" and not site.bias and site.parameter is None
+            site.kind == "lora"
+            and not site.bias
+            and site.parameter is None
+            and (site.part is None or site.part.view is None)
             for site in self.sites
         )
         whole = {"version": 1 if plain else VERSION, **dataclasses.asdict(self)}
@@ -206,7 +241,11 @@ def decode(text: Any, what: str) -> Record:
             f"to {VERSION}. Load it with the release of lorax-jax that wrote it."
         )
     sites = tuple(_site(site, what) for site in read("sites", list))
-    both = [(*site.keys().values(), *site.tied_keys().values()) for site in sites]
+    both = [
+        (*site.keys().values(), *site.tied_keys().values())
+        for site in sites
+        if site.ranks is None or not site.ranks[0]  # the first part speaks for all
+    ]
     for label, seen in (
         ("sites", [site.name for site in sites]),
         ("keys", [key for one in both for key in one]),
@@ -262,6 +301,12 @@ def _site(site: Any, what: str) -> FileSite:
         many = axes is None or len(axes.batch) > 1 or axes.groups is not None
         if wrapped or not key.startswith(module) or many or kind != "lora" or bias:
             raise read.bad("`parameter`", (parameter, key, kind))
+    ranks = read.sizes("ranks") if read.fields.get("ranks") is not None else None
+    if ranks is not None:
+        plain = kind == "lora" and not bias and axes is not None and axes.box
+        if len(ranks) != 2 or ranks[0] + rank > ranks[1] or not plain:
+            raise read.bad("`ranks`", ranks)
+        ranks = ranks[0], ranks[1]
     return FileSite(
         path=read("path", str),
         use=read("use", str, ("lookup", "head"), optional=True),
@@ -281,6 +326,7 @@ def _site(site: Any, what: str) -> FileSite:
         order=order,
         parameter=parameter,
         mirrored=bool(read("mirrored", bool, optional=True)),
+        ranks=ranks,
     )
 
 
@@ -294,12 +340,23 @@ def _part(part: Any, what: str, kind: str) -> Part:
         lookup=read("lookup", bool),
         stack=read.sizes("stack") if part.get("stack") is not None else None,
         groups=read("groups", int, optional=True),
+        name=read("name", str, optional=True),
+        view=_view(read) if part.get("view") is not None else None,
     )
     axes = (*found.inputs, *found.outputs, *found.batch)
     stack = found.stack or ()
     fine = sorted(axes) == list(range(len(found.shape)))
     fine &= len({*stack}) == len(stack)
-    fine &= max(stack, default=-1) < len(axes) + len(stack)
+    fine &= (found.view is None) == (found.name is None)
+    count = len(found.shape) if found.view is None else len(found.view)
+    fine &= max(stack, default=-1) < count + len(stack)
+    if fine and found.box is not None:
+        runs = found.box.runs
+        fine &= "a" in KINDS[kind].train and not found.groups
+        fine &= len(runs) == len(found.shape) and all(
+            run is None or (run.count == n and run.stop <= run.size)
+            for run, n in zip(runs, found.shape, strict=False)
+        )
     if kind == "whole":
         fine &= not found.inputs and not found.batch
     else:
@@ -313,6 +370,24 @@ def _part(part: Any, what: str, kind: str) -> Part:
     if not fine:
         raise read.bad("shape and axes", (found.shape, *axes, *stack))
     return found
+
+
+def _view(read: "_Fields") -> tuple[tuple[tuple[int, int, int, int], ...] | None, ...]:
+    """The axes of a view, as far as they can be read by themselves."""
+    value = read("view", list)
+    axes = []
+    for axis in value:
+        runs = [] if axis is None else axis
+        if len(value) > 16 or not isinstance(runs, list) or len(runs) > 16:
+            raise read.bad("`view`", value)
+        for run in runs:
+            whole = isinstance(run, list) and [*map(type, run)] == [int] * 4
+            if not whole or not 0 <= run[1] < run[2] < 1 << 48 or run[3] < 1:
+                raise read.bad("`view`", value)
+        if axis is not None and not runs:
+            raise read.bad("`view`", value)
+        axes.append(None if axis is None else tuple(map(tuple, runs)))
+    return tuple(axes)
 
 
 class _Fields:

@@ -9,7 +9,7 @@ from typing import Any
 from .. import _paths
 from .._errors import CheckpointError
 from ..adapters import Role, is_weight
-from ..planning import Plan, Site, Slot
+from ..planning import Plan, Slot
 from ._kernels import part_in
 from ._placed import Placed
 from ._record import FileSite, Part
@@ -125,7 +125,7 @@ def is_index(part: str) -> bool:
 def place_by_plan(plan: Plan, sites: Iterable[FileSite]) -> dict[FileSite, Placed]:
     """Each site's place in a plan; sites that the plan does not have are left out."""
     where = {
-        _name(site): (slot, i)
+        (site.path, site.role.suffix): (slot, i)
         for slot in plan.slots
         for i, site in enumerate(slot.sites)
         if site is not None
@@ -133,11 +133,6 @@ def place_by_plan(plan: Plan, sites: Iterable[FileSite]) -> dict[FileSite, Place
     return {
         site: Placed(site, *where[site.name]) for site in sites if site.name in where
     }
-
-
-def _name(site: Site) -> tuple[str, str | None]:
-    """As `FileSite.name`."""
-    return site.path, "rows" if site.role.kind == "rows" else site.use
 
 
 def place_by_path(tree: Tree, sites: Iterable[FileSite]) -> dict[FileSite, Placed]:
@@ -154,6 +149,7 @@ def place_by_path(tree: Tree, sites: Iterable[FileSite]) -> dict[FileSite, Place
         if site.part is None and site.order is not None:
             part = part_in(site.order)
         axes = len(part.inputs) + len(part.outputs) + len(part.batch)
+        axes = axes if part.view is None else len(part.view)
         place = tree.find(site.path, axes, part.stack)
         if place is None:
             _check_known(tree, site)
@@ -182,7 +178,9 @@ def place_by_path(tree: Tree, sites: Iterable[FileSite]) -> dict[FileSite, Place
 
 def _role(place: Place, part: Part, site: FileSite) -> Role:
     total = len(place.stack) + len(part.inputs) + len(part.outputs) + len(part.batch)
-    kept = [axis for axis in range(total) if axis not in place.stack]
+    box = None if part.box is None else part.box.among(place.stack)
+    stack = place.stack if box is None else box.viewed(place.stack)
+    kept = [axis for axis in range(total) if axis not in stack]
 
     def whole(axes: Iterable[int]) -> tuple[int, ...]:
         return tuple(kept[axis] for axis in axes)
@@ -191,12 +189,13 @@ def _role(place: Place, part: Part, site: FileSite) -> Role:
         path=place.leaf,
         inputs=whole(part.inputs),
         outputs=whole(part.outputs),
-        batch=(*place.stack, *whole(part.batch)),
+        batch=(*stack, *whole(part.batch)),
         stack=len(place.stack),
         lookup=part.lookup,
         use=site.use,
         kind=site.kind,
         groups=part.groups or 1,
+        part=box,
     )
 
 

@@ -14,7 +14,7 @@ from .. import _paths, _peft
 from .._errors import AdapterError, CheckpointError
 from .._names import NameMap
 from ..adapters import Adapter, Fixed, is_weight
-from ..planning import Plan
+from ..planning import Plan, Slot
 from . import _packed
 from ._arrays import Tensors, host, split
 from ._atomic import check_space, replacing
@@ -22,6 +22,7 @@ from ._beside import write_card, write_tokenizer
 from ._copies import modules_to_save
 from ._files import CONFIG, OURS, TENSORS
 from ._fingerprint import fingerprints
+from ._fused import fused, module_alpha
 from ._kernels import to_theirs, turned
 from ._keys import PREFIX
 from ._layouts import tensor_layout
@@ -180,6 +181,7 @@ def _contents(
     for site, slot, i in placed:
         by_slot.setdefault(slot.name, {})[i] = site
     sites, tensors = [], {}
+    modules: dict[str, list[tuple[FileSite, Slot, Tensors]]] = {}
     for slot in plan.slots:
         fixed = adapter.fixed[slot.name]
         bases = fingerprints(slot, leaves)
@@ -190,11 +192,16 @@ def _contents(
             if bases is not None:
                 site = dataclasses.replace(site, base=bases[i])
             sites.append(site)
+            if site.ranks is not None:
+                modules.setdefault(site.key, []).append((site, slot, held))
+                continue
             if site.order is not None:
                 held = to_theirs(site.order, slot.inputs, held)
             if site.parameter is not None:
                 held = _packed.to_theirs(site.mirrored, held)
             tensors |= _tensors(site, held, PREFIX if peft else "")
+    for parts in modules.values():
+        tensors |= _tensors(parts[0][0], fused(parts), PREFIX)
     # In the order of paths, so that stacked and unrolled models write the same file.
     return sorted(
         sites, key=lambda site: (_natural(site.path), site.name[1] or "")
@@ -232,8 +239,11 @@ def _config(sites: Sequence[FileSite], names: NameMap, plan: Plan) -> dict[str, 
             values[site.target] = site
             if site.tied is not None:
                 values[site.tied] = site
-    ranks = {module: site.rank for module, site in values.items()}
-    alphas = {module: _peft.plain(site.alpha) for module, site in values.items()}
+    ranks = {module: site.module_rank for module, site in values.items()}
+    alphas = {
+        module: _peft.plain(module_alpha(site, rslora=plan.config.rslora))
+        for module, site in values.items()
+    }
     rates = {module: site.dropout for module, site in values.items()}
     rank, alpha, rate = (_most_common(v) for v in (ranks, alphas, rates))
     bare = [name for name, site in values.items() if site.parameter is not None]

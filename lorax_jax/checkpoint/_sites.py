@@ -36,7 +36,7 @@ def factor_site(plan: Plan, slot: Slot, site: Site, names: NameMap | None) -> Fi
     parameter = None if names is None else names.parameter(site.path)
     mirrored = False
     if names is None:
-        key = f"{site.path}@{site.use}" if site.use else site.path
+        key = site.name
         table = False
     elif parameter is not None:
         _check_packable(slot, site)
@@ -46,10 +46,11 @@ def factor_site(plan: Plan, slot: Slot, site: Site, names: NameMap | None) -> Fi
         if slot.experts:
             raise CheckpointError(
                 f"{site.path!r} has factors for each of {math.prod(slot.experts)} "
-                f"experts, and `names` calls it {names.tensor(site.path)!r}, for which "
-                "PEFT has no more than two matrices. If that is a bare parameter, say "
-                "so: `NameMap(names, parameters=[...])`. Else leave `names` out for a "
-                "file with our paths, or merge the adapter for export."
+                f"experts, or indices of a declared batch axis, and `names` calls it "
+                f"{names.tensor(site.path)!r}, for which PEFT has no more than two "
+                "matrices. If that is a bare parameter, say so: `NameMap(names, "
+                "parameters=[...])`. Else leave `names` out for a file with our paths, "
+                "or merge the adapter for export."
             )
         if slot.role.groups > 1:
             raise CheckpointError(
@@ -57,6 +58,13 @@ def factor_site(plan: Plan, slot: Slot, site: Site, names: NameMap | None) -> Fi
                 "groups, each with an A and a B. PEFT has one A that sees all channels "
                 "there, and no place for these. Leave `names` out for a file with our "
                 "paths, or merge the adapter."
+            )
+        if site.role.part is not None and (slot.bias or site.role.kind == "dora"):
+            raise CheckpointError(
+                f"{site.name!r} is a part of a leaf with "
+                + ("a bias of B" if slot.bias else "magnitudes of its own")
+                + ", and PEFT's module is the whole leaf. Leave `names` out for a file "
+                "with our paths, or merge the adapter."
             )
         order = order_of(names.layout(site.path), part_of(slot), site.path)
         headless = names.module_path(names.head) is None
@@ -146,18 +154,31 @@ def module_of(path: str, names: NameMap) -> str:
 def part_of(slot: Slot) -> Part:
     """The axes of one layer of a leaf."""
     role = slot.role
-    kept = [axis for axis in range(len(slot.shape)) if axis not in role.stacked]
+    layers = role.leaf.stacked
+    axes = range(len(role.shape(slot.shape)))
+    kept = [axis for axis in axes if axis not in role.stacked]
+    name = view = None
+    if role.part is not None:
+        name = role.part.name
+        view = tuple(
+            None
+            if runs is None
+            else tuple((r.size, r.start, r.stop, r.step) for r in runs)
+            for runs in role.part.without(layers).axes
+        )
 
     def within(axes: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(kept.index(axis) for axis in axes)
 
-    in_front = role.stacked == tuple(range(role.stack))
+    in_front = layers == tuple(range(role.stack))
     return Part(
-        shape=tuple(slot.shape[axis] for axis in kept),
+        shape=role.layer_shape(slot.shape),
         inputs=within(role.inputs),
         outputs=within(role.outputs),
         batch=within(role.batch[role.stack :]),
         lookup=role.lookup,
-        stack=None if in_front else role.stacked,
+        stack=None if in_front else layers,
         groups=role.groups if role.groups > 1 else None,
+        name=name,
+        view=view,
     )

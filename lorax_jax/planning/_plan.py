@@ -220,7 +220,10 @@ def _declare(found: dict[str, Leaf], roles: Mapping[str, Any]) -> None:
             declared = dataclasses.asdict(declared)
         if not isinstance(declared, Mapping):
             declared = {"?": declared}
-        unknown = set(declared) - {f.name for f in dataclasses.fields(Role)}
+        known = {f.name for f in dataclasses.fields(Role)}
+        if declared.get("part") is not None:
+            known -= {"part"}  # a rule names parts; roles are those of the leaf
+        unknown = set(declared) - known
         leaf = found[path]
         inputs, outputs = declared.get("inputs", ()), declared.get("outputs", ())
         batch = declared.get("batch", ())

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from .. import _paths
 from .._config import ALL_LINEAR, LoraConfig, Rule
 from .._errors import PlanError, closest, listing, shorten
-from ..adapters import Role, not_floating
+from ..adapters import Role, named, not_floating
 from ..structure import Use
 from ..transform import Consumer, Leaf
+from ._parts import check_names, check_summed, roles_of_parts, with_batch
 from ._sites import Site, Slot, parameters, part_indices
 
 # Query and value projections under the names that architectures give them: what PEFT
@@ -69,10 +70,8 @@ class Selection:
                 leaf = chosen.setdefault(candidate.leaf.path, {})
                 leaf[candidate.index] = candidate, rule
         self._check_counts()
-        out = []
-        for path, sites in chosen.items():
-            out.append(self._leaf(self.leaves[path], sites))
-        return out
+        leaves = self.leaves
+        return [s for path, on in chosen.items() for s in self._leaf(leaves[path], on)]
 
     def _rules(self) -> list[Rule]:
         if self.config.rules is not None:
@@ -105,7 +104,7 @@ class Selection:
                 hit = matches(rule, candidate)
             if hit and first is None:
                 first = rule
-                self.counts[i] += 1
+                self.counts[i] += max(1, len(rule.parts))
             elif hit:
                 self.shadowed[i] += 1
         return first
@@ -151,36 +150,41 @@ class Selection:
         self,
         leaf: Leaf,
         sites: Mapping[tuple[int, ...], tuple[Candidate, Rule]],
-    ) -> Slot:
+    ) -> list[Slot]:
+        """What is adapted of one leaf: all of it, or some parts."""
         dtype = self.dtypes[leaf.path]
         if not jnp.issubdtype(dtype, jnp.floating):
             raise PlanError(
                 not_floating(leaf.path, dtype) + " Leave it out with `exclude`."
             )
-        ties = {rule.tie for _, rule in sites.values()}
-        if len(ties) > 1:
-            raise PlanError(
-                f"Rules disagree about `tie` for the layers of {leaf.path!r}: {ties}."
-            )
-        (tie,) = ties
-        role = find_role(leaf, tie)
-        doras = {rule.dora for _, rule in sites.values()}
-        if len(doras) > 1:
-            raise PlanError(
-                f"Rules disagree about `dora` for the layers of {leaf.path!r}, which "
-                "share one array. Give all of them the same."
-            )
-        if doras == {True}:
+        rules = [rule for _, rule in sites.values()]
+        used = find_role(leaf, _agreed("tie", rules, leaf))
+        role = with_batch(used, leaf, _agreed("batch", rules, leaf))
+        if _agreed("dora", rules, leaf):
             if role.groups > 1:
                 raise PlanError(
                     f"{leaf.path!r} is the kernel of a grouped convolution, for which "
                     "DoRA is not defined here. Give it a rule with {'dora': False}."
                 )
             role = dataclasses.replace(role, kind="dora")
+        check_summed(used, role, bias=self.config.lora_bias)
+        groups: dict[Role, dict[tuple[int, ...], tuple[Candidate, Rule]]] = {}
+        for index, (candidate, rule) in sites.items():
+            for own, part_rule in roles_of_parts(role, leaf, rule, candidate.path):
+                groups.setdefault(own, {})[index] = candidate, part_rule
+        check_names(list(groups))
+        return [self._slot(leaf, own, group) for own, group in groups.items()]
+
+    def _slot(
+        self,
+        leaf: Leaf,
+        role: Role,
+        sites: Mapping[tuple[int, ...], tuple[Candidate, Rule]],
+    ) -> Slot:
         return Slot(
             role,
             leaf.shape,
-            dtype,
+            self.dtypes[leaf.path],
             tuple(
                 self._site(leaf, role, *sites[index]) if index in sites else None
                 for index in part_indices(role, leaf.shape)
@@ -206,16 +210,18 @@ class Selection:
     def _site(self, leaf: Leaf, role: Role, candidate: Candidate, rule: Rule) -> Site:
         assert rule.rank is not None and rule.alpha is not None
         part = tuple(zip(role.stacked, candidate.index, strict=True))
-        kept = [i for i in range(len(leaf.shape)) if i not in role.stacked]
-        most = max_rank(role, leaf.shape)
+        shape, most = role.layer_shape(leaf.shape), max_rank(role, leaf.shape)
         if rule.rank > most:
+            lower = f"{{'rank': {most}}}"
+            if role.part is not None:
+                lower = f"{{'parts': {{{role.part.name!r}: {{..., 'rank': {most}}}}}}}"
             raise PlanError(
                 f"`rank` = {rule.rank} exceeds {most}, the rank that "
-                f"{candidate.path!r} of shape {role.sizes(leaf.shape, kept)} can have "
+                f"{named(candidate.path, role.suffix)!r} of shape {shape} can have "
                 f"(in {role.inputs}, out {role.outputs}"
                 + (f" in {role.groups} groups). " if role.groups > 1 else "). ")
                 + "Lower `rank` for this site: "
-                f"targets={{{candidate.path!r}: {{'rank': {most}}}, ...}}"
+                f"targets={{{candidate.path!r}: {lower}, ...}}"
             )
         vectors = (role.kind == "dora") + self._has_bias(role)
         return Site(
@@ -223,7 +229,7 @@ class Selection:
             leaf=leaf.path,
             part=part,
             use=role.use,
-            shape=role.sizes(leaf.shape, kept),
+            shape=shape,
             role=role,
             rank=rule.rank,
             alpha=rule.alpha,
@@ -233,6 +239,18 @@ class Selection:
             dropout=rule.dropout or 0.0,
             trainable=parameters(role, leaf.shape, rule.rank, vectors),
         )
+
+
+def _agreed(name: str, rules: Sequence[Rule], leaf: Leaf) -> Any:
+    """What all rules of a leaf's layers say."""
+    found = {getattr(rule, name) for rule in rules}
+    if len(found) > 1:
+        raise PlanError(
+            f"Rules disagree about `{name}` for the layers of {leaf.path!r}, which "
+            f"share one array: {', '.join(sorted(map(repr, found)))}. Give all of them "
+            "the same."
+        )
+    return found.pop()
 
 
 def max_rank(role: Role, shape: Sequence[int]) -> int:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from ..adapters import Role
+from ..adapters import Role, named
 from ..structure import Use
 
 
@@ -14,12 +14,14 @@ from ..structure import Use
 class Site:
     """One place where an adapter acts: a path, a part of the leaf there, and a use.
 
+    Of a fused leaf that holds several weights, `role.part` says which one it is.
+
     Attributes:
         path: the path; for a layer of a stack its virtual path, as an unrolled model
             would have it (`layers/3/attn/q_proj/kernel`).
         leaf: the path of the leaf that holds it (`layers/attn/q_proj/kernel`).
         part: pairs (axis, index) that pick the site out of the leaf; empty for a
-            whole leaf.
+            whole leaf. Axes are those of `role`.
         use: the only use of a tied weight that is adapted, or `None`.
         shape: shape of the part.
         role: roles of the leaf's axes.
@@ -48,10 +50,15 @@ class Site:
     dropout: float
     trainable: int
 
+    @property
+    def name(self) -> str:
+        """The path, and what tells it from other sites there: `h/0/qkv@q`."""
+        return named(self.path, self.role.suffix)
+
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """The arrays of one adapted leaf: all its sites, padded to one rank.
+    """The arrays of one adapted leaf, or part of one: its sites, padded to one rank.
 
     Attributes:
         role: roles of the leaf's axes.

@@ -138,8 +138,7 @@ def _initializer(slot: Slot, method: Any) -> Callable[..., initializers.Start]:
 
 def _site_key(key: PRNGKeyArray, site: Site | None, slot: Slot) -> PRNGKeyArray:
     assert site is not None
-    name = f"{site.path}@{site.use}" if site.use else site.path
-    key = jax.random.fold_in(key, stable_hash(name))
+    key = jax.random.fold_in(key, stable_hash(site.name))
     return jax.random.split(key, slot.apart) if slot.apart else key
 
 

@@ -17,12 +17,14 @@ def table(plan: "Plan") -> str:
     """
     groups: dict[tuple, list[Site]] = {}
     for site in plan:
-        key = (_pattern(site.path), site.use, site.shape, site.rank, site.alpha)
-        groups.setdefault((*key, site.scale, _axes(site)), []).append(site)
+        key = (_pattern(site.path), site.role.suffix, site.shape, site.rank)
+        key = (*key, site.alpha, site.scale, _axes(site))
+        groups.setdefault(key, []).append(site)
     rows: list[tuple[str, ...]] = [HEAD]
     for sites in groups.values():
         site = sites[0]
         use = f" ({site.use})" if site.use else ""
+        use += f"@{site.role.part.name}" if site.role.part is not None else ""
         use += " DoRA" if site.role.kind == "dora" else ""
         rows.append(
             (

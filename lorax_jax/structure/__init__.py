@@ -25,6 +25,8 @@ from ._factor import is_factor as is_factor
 from ._groups import group_count as group_count
 from ._groups import keep_groups as keep_groups
 from ._groups import outer as outer
+from ._part import Part as Part
+from ._part import Run as Run
 from ._products import OperandLabel as OperandLabel
 from ._products import arrange as arrange
 from ._products import cost as cost

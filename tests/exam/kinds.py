@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from helpers import random_adapter
 
 import lorax_jax as lj
-from lorax_jax.adapters import Fixed
+from lorax_jax.adapters import Fixed, takes_inputs
 
 # Ranks that no axis of any layout has, so that shapes tell factors from weights.
 RANKS = (5, 7)
@@ -84,6 +84,24 @@ def _rows(w, base, role, train, fixed):
     return w.at[index].set(jnp.moveaxis(train["rows"], 0, role.inputs[0]))
 
 
+def box_of(part, shape):
+    """The shape of a leaf's view, and the index of a part in it."""
+    view, box = [], []
+    for size, runs in zip(shape, part.axes, strict=True):
+        for run in runs or [None]:
+            view.append(size if run is None else run.size)
+            box.append(slice(run and run.start, run and run.stop, run and run.step))
+    return view, tuple(box)
+
+
+def taken(w, role):
+    """What is adapted of a leaf."""
+    if role.part is None:
+        return w
+    view, box = box_of(role.part, w.shape)
+    return w.reshape(view)[box]
+
+
 SLOWLY = {"lora": _lora, "dora": _dora, "rows": _rows}
 
 
@@ -93,7 +111,12 @@ def dense(base, adapters):
     for adapter in adapters:
         for name, fixed in adapter.fixed.items():
             role = fixed.role
-            w = SLOWLY[role.kind](w, base, role, adapter.train[name], fixed)
+            one = taken(w, role), taken(base, role), role
+            one = SLOWLY[role.kind](*one, adapter.train[name], fixed)
+            if role.part is not None:
+                view, box = box_of(role.part, w.shape)
+                one = w.reshape(view).at[box].set(one).reshape(w.shape)
+            w = one
     return w
 
 
@@ -112,7 +135,7 @@ def _two(key, params, role):
 def _magnitudes(key, params, role):
     role = dataclasses.replace(role, kind="dora")
     (adapter,) = _one(key, params, role)
-    weight = params[role.path]
+    weight = taken(params[role.path], role)
     norm = jnp.sqrt(jnp.sum(weight**2, axis=role.inputs, keepdims=True))
     order = (*role.batch, *role.outputs, *role.inputs)
     norm = jnp.transpose(norm, order)
@@ -139,23 +162,31 @@ def _two_rows(key, params, role):
 
 # Written over along inputs, where no output's gain may touch what others wrote; groups
 # of unlike sizes in every batch.
-_NO_DORA = ("overwritten", "ragged_batch")
+# inputs that are declared to be a batch axis, and summed over.
+_NO_DORA = ("overwritten", "ragged_batch", "batch_contracted")
 
 
-def _ungrouped(layout):
-    return layout.role.groups == 1
+def _has_columns(layout):
+    """Whether DoRA is defined for it: not in groups, nor for some of the inputs."""
+    role = layout.role
+    parted = role.part is not None and takes_inputs(role)
+    return role.groups == 1 and not parted
+
+
+def _is_table(layout):
+    return layout.role.lookup and layout.role.part is None
 
 
 KINDS = [
     Kind("lora", _one),
     Kind("two_lora", _two, alone=False),
-    Kind("dora", _magnitudes, takes=_ungrouped, refuses=_NO_DORA),
+    Kind("dora", _magnitudes, takes=_has_columns, refuses=_NO_DORA),
     Kind(
         "lora_dora",
         _lora_then_dora,
-        takes=_ungrouped,
+        takes=_has_columns,
         refuses=_NO_DORA,
         alone=False,
     ),
-    Kind("rows", _two_rows, takes=lambda layout: layout.role.lookup),
+    Kind("rows", _two_rows, takes=_is_table),
 ]

@@ -25,6 +25,7 @@ class Layout:
         depth: how many products lie one behind the other.
         reverse: whether JAX differentiates it backwards; not through `while`.
         maps: whether JAX can `vmap` the model over one of its arguments alone.
+        rule: what a rule says to get this role, beyond what the program shows.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Layout:
     depth: int = 1
     reverse: bool = True
     maps: bool = True
+    rule: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def grad(self, fn):
         """The gradient of `fn`, by the derivatives that the layout has."""

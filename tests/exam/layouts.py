@@ -11,6 +11,7 @@ from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from layout import BATCH, HEADS, LAYERS, OUT, ROWS, SEQ, SIZE, D, Layout, role_of
+from parts import PARTS
 from ragged import RAGGED
 
 
@@ -510,4 +511,5 @@ LAYOUTS = [
     ),
     *CONVOLUTIONS,
     *RAGGED,
+    *PARTS,
 ]

@@ -278,7 +278,7 @@ def test_roles_are_read_off_the_program(layout):
     """Role inference finds what was written by hand, on types alone."""
     w = jax.ShapeDtypeStruct(layout.weight, jnp.float32)
     x = jax.ShapeDtypeStruct(layout.x, jnp.int32 if layout.ids else jnp.float32)
-    config = lj.LoraConfig(r"(.*/)?w", rank=2, tie="shared")
+    config = lj.LoraConfig({r"(.*/)?w": layout.rule}, rank=2, tie="shared")
     plan = lj.plan(config, {"w": w}, lambda p, x: layout.fn(p["w"], x), (x,))
     assert plan.slots[0].role == layout.role
 

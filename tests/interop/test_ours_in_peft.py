@@ -73,6 +73,23 @@ def test_keys_and_logits(
     assert np.abs(ours - twins.logits(model, params)).max() > 0.1  # it acts
 
 
+@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+def test_parts_of_a_fused_module(twin, adapted, tmp_path, monkeypatch, scan):
+    """Queries and values of GPT-2's `c_attn` are one LoRA of it there."""
+    pair = twin("gpt2")
+    parts = {"q": {-1: (0, 32), "rank": 2}, "v": {-1: (64, 96), "rank": 3}}
+    rules = {".*/c_attn/kernel": {"parts": parts}, ".*/c_fc/kernel": {}}
+    plan, adapter = adapted(pair, scan, rules, alpha=None)
+    model, params = pair.ours(scan)
+    lj.save_adapter(tmp_path, adapter, plan=plan, names=model.names)
+    theirs, result = open_in_peft(pair, tmp_path, monkeypatch)
+    assert result.unexpected_keys == []
+    assert [key for key in result.missing_keys if "lora_" in key] == []
+    ours = twins.logits(model, params, adapter)
+    assert np.abs(ours - twins.their_logits(theirs)).max() <= TOLERANCE
+    assert np.abs(ours - twins.logits(model, params)).max() > 0.1  # it acts
+
+
 @pytest.mark.parametrize("family", twins.FAMILIES)
 def test_ranks_and_scales_are_those_of_the_plan(
     twin, adapted, tmp_path, monkeypatch, family
