@@ -20,6 +20,10 @@ class PlanWarning(UserWarning):
     """A plan names weights that the function uses in a way that `adapt` will refuse."""
 
 
+class GrowthError(LoraxError, ValueError):
+    """A vocabulary cannot grow as it was asked to."""
+
+
 class AdapterError(LoraxError, ValueError):
     """An adapter does not fit the parameters that it is bound to."""
 

@@ -14,7 +14,7 @@ ROOT = Path(lorax_jax.__file__).parent
 LEVELS = [
     {"_errors"},
     {"_paths", "_json"},
-    {"structure", "_names"},
+    {"structure", "_names", "_growth"},
     {"_peft"},
     {"_config", "quant", "models", "_functional"},
     {"adapters"},
