@@ -198,15 +198,24 @@ def grown_leaf(leaf: Any, table: Table, growth: Growth) -> Any:
         return jax.ShapeDtypeStruct(tuple(shape), leaf.dtype, sharding=sharding)
 
     def larger(leaf: jax.Array) -> jax.Array:
-        rows = _new_rows(leaf, table, growth)
+        rows = new_rows(leaf, table, growth)
         return jnp.concatenate([leaf, rows.astype(leaf.dtype)], table.axis)
 
     result = jax.jit(larger, out_shardings=sharding)(leaf)
     return np.asarray(result) if isinstance(leaf, np.ndarray) else result
 
 
-def _new_rows(leaf: jax.Array, table: Table, growth: Growth) -> jax.Array:
-    """In float32: with the leaf's shape but for the axis that counts tokens."""
+def new_rows(leaf: jax.Array, table: Table, growth: Growth) -> jax.Array:
+    """The rows that a leaf gets, in float32.
+
+    Args:
+        leaf: as it was.
+        table: which leaf it is, and the axis that counts tokens.
+        growth: how it grows.
+
+    Returns:
+        An array of the leaf's shape but for that axis.
+    """
     axis, count = table.axis, growth.after - growth.before
     shape = leaf.shape[:axis] + (count,) + leaf.shape[axis + 1 :]
     if growth.init == "zeros":

@@ -14,7 +14,7 @@ from . import models
 from ._errors import CheckpointError
 from ._json import read_json
 from .adapters import Adapter
-from .checkpoint import Receipt, load_adapter
+from .checkpoint import Receipt, load_adapter, read_growth
 from .embedded import MODEL_DIR
 
 
@@ -22,8 +22,8 @@ class LoadedAdapter(NamedTuple):
     """What `load_adapted` returns.
 
     Attributes:
-        model: the base model.
-        params: its parameters, untouched.
+        model: the base model; where the adapter's vocabulary grew, with as many tokens.
+        params: its parameters, untouched but for the new tokens' rows.
         adapter: the adapter, for `bind(params, adapter)`.
         receipt: what was loaded, and its plan.
     """
@@ -47,6 +47,9 @@ def load_adapted(
     folder, looked for from the adapter's folder and then from the working directory,
     a hub id, or the embedded model. No other path in the adapter's files is followed.
 
+    Where the adapter was trained on a vocabulary that had grown, the model grows alike
+    before it is loaded; see `checkpoint.read_growth`.
+
     Args:
         adapter_dir: the adapter's folder.
         base: the model's folder or hub id, instead of what the configuration says.
@@ -69,8 +72,29 @@ def load_adapted(
     """
     where = _base(Path(adapter_dir)) if base is None else base
     model, params = models.load(where, dtype=dtype, scan_layers=scan_layers)
+    model, params = grown_for(adapter_dir, model, params)
     adapter, receipt = load_adapter(adapter_dir, params, names=model.names)
     return LoadedAdapter(model, params, adapter, receipt)
+
+
+def grown_for(
+    adapter_dir: str | os.PathLike, model: models.Model | models.Encoder, params: Any
+) -> tuple[models.Model | models.Encoder, Any]:
+    """A model with as many tokens as an adapter was trained on.
+
+    Args:
+        adapter_dir: the adapter's folder.
+        model: the base, as it was loaded.
+        params: its parameters, or their types.
+
+    Returns:
+        `(model, params)`; the same where nothing grew, or the base has grown already.
+    """
+    growth = read_growth(adapter_dir, params, names=model.names)
+    if growth is None or growth.before != model.config.vocab_size:
+        return model, params
+    how = {name: getattr(growth, name) for name in ("to", "multiple", "init", "seed")}
+    return models.grow(model, params, **how)[:2]
 
 
 def _base(folder: Path) -> str | Path:

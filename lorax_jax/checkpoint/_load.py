@@ -17,6 +17,7 @@ from . import _kernels
 from ._arrays import Tensors, shapes
 from ._files import TENSORS, AdapterFiles, open_adapter
 from ._fingerprint import differ, fingerprints
+from ._grown import check_grown, check_rows
 from ._keys import PREFIX, explain
 from ._peft_sites import mirrored, peft_sites
 from ._placed import Placed, placed_sites
@@ -66,7 +67,8 @@ def load_adapter(
 
     Raises:
         CheckpointError: see above; and always for a file that is damaged, hostile, or
-            asks for what is not known here; or if DoRA is to be loaded onto types
+            asks for what is not known here; if the vocabulary grew before the adapter
+            was trained, and `params` did not; or if DoRA is to be loaded onto types
             alone, which have no norms.
 
     Example:
@@ -121,8 +123,10 @@ class Loading:
         self.ignored: list[str] = []
 
     def run(self, strict: bool) -> tuple[Adapter, Receipt]:
+        check_grown(self.files, self.tree)
         sites = self._sites()
         placed = self._place(sites)
+        check_rows(self.files, placed)
         fit = [place for place in placed if self._fits(place)]
         fit = self._one_dtype(fit)
         self._check_bases(fit)

@@ -57,12 +57,14 @@ def load_onto(
                 f"The keys of {files.folder} are paths. Give `names`, a table of "
                 "(path, tensor name, layout), or save the adapter with `names`."
             )
-        names = _own_names(files, base)
+        names = own_names(files, base)
         if record is not None:
             sites = tuple(
                 new for site in record.sites for new in _renamed(site, names, base)
             )
-            files = files._replace(record=dataclasses.replace(record, sites=sites))
+            # Here tensors are the paths, which those that grew are not.
+            record = dataclasses.replace(record, sites=sites, grown=None)
+            files = files._replace(record=record)
     params: dict[str, Any] = {}
     for tensor in base:
         path = names.path(tensor) or _with_prefix(tensor, names)
@@ -168,7 +170,7 @@ def _put(params: dict[str, Any], path: str, leaf: Any) -> None:
     params[last] = leaf
 
 
-def _own_names(files: AdapterFiles, base: BaseFolder) -> NameMap:
+def own_names(files: AdapterFiles, base: BaseFolder) -> NameMap:
     """A table in which the checkpoint's tensors are the paths."""
     entries = files.tensors.entries
     prefix = prefix_of(entries)

@@ -10,24 +10,27 @@ import dataclasses
 import json
 import math
 import operator
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from .._errors import CheckpointError
+from .._errors import CheckpointError, GrowthError
+from .._growth import INITS, Growth, Table
 from ..adapters import KINDS
 from ..structure import Use
+from ._fields import Fields
 from ._keys import PREFIX, keys
 
-# The metadata's name in the header, and its version: 2 where a site is more than plain
-# LoRA, else 1, which releases that know of nothing else read too.
+# The metadata's name in the header, and its version: 3 where the vocabulary grew, 2
+# where a site is more than plain LoRA, else 1, which releases that know of nothing else
+# read too.
 FIELD = "lorax_jax"
-VERSION = 2
+VERSION = 3
 
 Keys = Literal["peft", "paths"]
 BIASES = ("none", "all", "lora_only")
 
 # A table has some 10^5 rows.
 _MOST_ROWS = 1 << 20
+_MOST_AXES = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +128,40 @@ class FileSite:
         return keys(self.tied, kind=self.kind, prefix=prefix)
 
 
+class FileTensor(NamedTuple):
+    """A table of tokens in a checkpoint.
+
+    Attributes:
+        name: the tensor's name.
+        turned: whether it is the transpose of our leaf.
+    """
+
+    name: str
+    turned: bool
+
+
+class FileGrowth(NamedTuple):
+    """How the vocabulary grew that an adapter was trained on.
+
+    Attributes:
+        growth: what grew, and how.
+        tensors: its tables in the checkpoint, `None` where not known.
+    """
+
+    growth: Growth
+    tensors: tuple[FileTensor | None, ...]
+
+    def encode(self) -> dict[str, Any]:
+        """As JSON."""
+        growth = self.growth
+        tables = [
+            table._asdict() | ({} if tensor is None else tensor._asdict())
+            for table, tensor in zip(growth.tables, self.tensors, strict=True)
+        ]
+        numbers = {n: getattr(growth, n) for n in ("before", "to", "multiple", "seed")}
+        return {"tables": tables, **numbers, "init": growth.init}
+
+
 @dataclasses.dataclass(frozen=True)
 class Record:
     """The metadata of a file.
@@ -134,19 +171,25 @@ class Record:
         rslora: whether scales are `alpha / sqrt(rank)`.
         sites: what the file holds.
         bias: which biases the configuration asked for.
+        grown: how the vocabulary grew, if it did.
     """
 
     keys: Keys
     rslora: bool
     sites: tuple[FileSite, ...]
     bias: str = "none"
+    grown: FileGrowth | None = None
 
     def encode(self) -> dict[str, str]:
         """The header's metadata."""
         plain = all(site.kind == "lora" and not site.bias for site in self.sites)
-        whole = {"version": 1 if plain else VERSION, **dataclasses.asdict(self)}
+        version = 3 if self.grown is not None else 1 if plain else 2
+        whole: dict[str, Any] = {"version": version, **dataclasses.asdict(self)}
         if self.bias == "none":
             del whole["bias"]
+        del whole["grown"]
+        if self.grown is not None:
+            whole["grown"] = self.grown.encode()
         for site in whole["sites"]:  # leave out what says nothing
             del site["turned"]
             for name, usual in _USUAL.items():
@@ -171,7 +214,7 @@ def decode(text: Any, what: str) -> Record:
     Raises:
         CheckpointError: if it is not what `encode` writes.
     """
-    read = _Fields(text, f"The metadata of {what}")
+    read = Fields(text, f"The metadata of {what}")
     version = read("version", int)
     if version not in range(1, VERSION + 1):
         raise CheckpointError(
@@ -191,11 +234,39 @@ def decode(text: Any, what: str) -> Record:
         rslora=read("rslora", bool),
         sites=sites,
         bias=read("bias", str, BIASES, optional=True) or "none",
+        grown=_grown(read("grown", dict, optional=True), what),
     )
 
 
+def _grown(grown: Any, what: str) -> FileGrowth | None:
+    if grown is None:
+        return None
+    read = Fields(grown, f"The metadata of {what}")
+    tables, tensors = [], []
+    for fields in read("tables", list):
+        table = Fields(fields, read.what)
+        tables.append(Table(*(table(n, k) for n, k in Table.__annotations__.items())))
+        name = table("name", str, optional=True)
+        turned = name is not None and table("turned", bool)
+        tensors.append(None if name is None else FileTensor(name, turned))
+    numbers = {n: read(n, int) for n in ("before", "to", "multiple", "seed")}
+    init = read("init", str, INITS)
+    try:
+        growth = Growth(tuple(tables), init=init, **numbers)
+    except GrowthError:
+        raise read.bad("`grown`", numbers) from None
+    inside = all(0 <= t.axis < t.ndim <= _MOST_AXES for t in tables)
+    inside &= all(
+        t.ndim == 2 for t, n in zip(tables, tensors, strict=True) if n and n[1]
+    )
+    # What a file asks for is allocated when it is loaded.
+    if not tables or not inside or growth.after - growth.before > _MOST_ROWS:
+        raise read.bad("`grown`", grown)
+    return FileGrowth(growth, tuple(tensors))
+
+
 def _site(site: Any, what: str) -> FileSite:
-    read = _Fields(site, f"The metadata of {what}")
+    read = Fields(site, f"The metadata of {what}")
     part = read("part", dict, optional=True)
     rank, scale, dropout = (
         read("rank", int),
@@ -240,7 +311,7 @@ def _site(site: Any, what: str) -> FileSite:
 
 
 def _part(part: Any, what: str, kind: str) -> Part:
-    read = _Fields(part, f"The metadata of {what}")
+    read = Fields(part, f"The metadata of {what}")
     found = Part(
         shape=read.sizes("shape"),
         inputs=read.sizes("inputs"),
@@ -268,47 +339,3 @@ def _part(part: Any, what: str, kind: str) -> Part:
     if not fine:
         raise read.bad("shape and axes", (found.shape, *axes, *stack))
     return found
-
-
-class _Fields:
-    """Reads typed fields of an object."""
-
-    def __init__(self, fields: Any, what: str):
-        self.fields = fields if isinstance(fields, Mapping) else {}
-        self.what = what
-
-    def __call__(
-        self,
-        name: str,
-        kind: type,
-        among: Sequence[Any] | None = None,
-        *,
-        optional: bool = False,
-    ) -> Any:
-        value = self.fields.get(name)
-        if value is None and optional:
-            return None
-        kinds = (int, float) if kind is float else (kind,)
-        wrong = isinstance(value, bool) and kind is not bool
-        if not isinstance(value, kinds) or wrong or (among and value not in among):
-            raise self.bad(f"`{name}`", value)
-        if isinstance(value, int | float) and not abs(value) < 1e30:
-            raise self.bad(f"`{name}`", value)
-        return value
-
-    def sizes(self, name: str, most: int = 16) -> tuple[int, ...]:
-        """A list of small integers, a short one."""
-        values = self(name, list)
-        for n in values:
-            if isinstance(n, bool) or not isinstance(n, int) or not 0 <= n < 1 << 48:
-                raise self.bad(f"`{name}`", values)
-        if len(values) > most:
-            raise self.bad(f"`{name}`", values)
-        return tuple(values)
-
-    def bad(self, label: str, value: Any) -> CheckpointError:
-        return CheckpointError(
-            f"{self.what} has {label} = {value!r:.80}, which `save_adapter` never "
-            "writes: the file was changed or damaged. If PEFT's keys and "
-            "adapter_config.json are right, remove the metadata and give `names`."
-        )

@@ -12,6 +12,7 @@ import numpy as np
 
 from .. import _paths, _peft
 from .._errors import AdapterError, CheckpointError
+from .._growth import Growth
 from .._names import NameMap
 from ..adapters import Adapter, Fixed, is_weight
 from ..planning import Plan
@@ -21,6 +22,7 @@ from ._beside import write_card, write_tokenizer
 from ._copies import modules_to_save
 from ._files import CONFIG, OURS, TENSORS
 from ._fingerprint import fingerprints
+from ._grown import file_growth
 from ._kernels import to_theirs, turned
 from ._keys import PREFIX
 from ._placed import Placed, placed_sites
@@ -40,6 +42,7 @@ def save_adapter(
     base_model_name_or_path: str | os.PathLike | None = None,
     task_type: str | None = None,
     tokenizer: Any = None,
+    grown: Growth | None = None,
 ) -> None:
     """Writes an adapter to a folder, as PEFT does.
 
@@ -82,7 +85,10 @@ def save_adapter(
         base_model_name_or_path: where the base is, a hub id or a folder.
         task_type: PEFT's, e.g. `"CAUSAL_LM"`.
         tokenizer: what has `save_pretrained`, or a folder to copy a tokenizer's files
-            from.
+            from. It appears with the rest.
+        grown: how the vocabulary grew, from `lorax_jax.grow` or `models.grow`. It goes
+            into the header, so that a copy of the base can grow alike; the tables
+            themselves are not saved.
 
     Raises:
         AdapterError: if the adapter is not one of the plan.
@@ -116,7 +122,8 @@ def save_adapter(
         config = _config(sites, table, plan)
         config |= {"base_model_name_or_path": base, "task_type": task_type}
     form = "paths" if table is None else "peft"
-    record = Record(form, rslora, tuple(sites), plan.config.bias)
+    growth = file_growth(grown, plan, params, table)
+    record = Record(form, rslora, tuple(sites), plan.config.bias, growth)
     metadata = record.encode()
     size = sum(tensor.nbytes for tensor in tensors.values())
     check_space(dir, size + len(str(metadata)) + (1 << 20))
