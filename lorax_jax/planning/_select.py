@@ -15,6 +15,7 @@ from ..adapters import Role, not_floating
 from ..structure import Use
 from ..transform import Consumer, Leaf
 from ._sites import Site, Slot, parameters, part_indices
+from ._tie import check_ties
 
 # Query and value projections under the names that architectures give them: what PEFT
 # adapts when it is told nothing. The first pattern that matches anything is taken.
@@ -72,6 +73,7 @@ class Selection:
         out = []
         for path, sites in chosen.items():
             out.append(self._leaf(self.leaves[path], sites))
+        check_ties(self.config, out, self.leaves)
         return out
 
     def _rules(self) -> list[Rule]:
