@@ -16,7 +16,8 @@ from .._errors import TransformError
 from ..adapters import Adapted
 from . import _jaxpr
 from ._consumers import INPUT, Leaf
-from ._interpreter import allowed, retrace
+from ._interpreter import retrace
+from ._options import allowed
 from ._probe import whole
 from ._walk import Walk
 
