@@ -18,7 +18,7 @@ from ._copies import tensor_name
 from ._files import AdapterFiles
 from ._kernels import is_turned, order_in, turned_back
 from ._keys import parse, prefix_of
-from ._load import Loading
+from ._loading import Loading
 from ._piece import HEAD
 from ._record import FileSite, Part
 
