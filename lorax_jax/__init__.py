@@ -10,6 +10,8 @@ from .adapters import Adapter as Adapter
 from .adapters import bind as bind
 from .transform import adapt as adapt
 from .merging import merge as merge
+from .planning import grow as grow
+from ._growth import Growth as Growth
 from ._count import count as count
 from .auditing import audit as audit
 from ._functional import functional as functional

@@ -24,6 +24,10 @@ class ReplicationError(LoraxError, ValueError):
     """Parameters whose layers cannot be repeated, or are not as they should be."""
 
 
+class GrowthError(LoraxError, ValueError):
+    """A vocabulary cannot grow as it was asked to."""
+
+
 class AdapterError(LoraxError, ValueError):
     """An adapter does not fit the parameters that it is bound to."""
 

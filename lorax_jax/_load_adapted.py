@@ -14,7 +14,7 @@ from . import models
 from ._errors import CheckpointError
 from ._json import read_json
 from .adapters import Adapter
-from .checkpoint import Receipt, layer_replication, load_adapter
+from .checkpoint import Receipt, layer_replication, load_adapter, read_growth
 from .embedded import MODEL_DIR
 from .replication import replicate
 
@@ -23,8 +23,9 @@ class LoadedAdapter(NamedTuple):
     """What `load_adapted` returns.
 
     Attributes:
-        model: the base model, with as many layers as the adapter is for.
-        params: its parameters, untouched.
+        model: the base model, with as many layers as the adapter is for, and as many
+            tokens where its vocabulary grew.
+        params: its parameters, untouched but for the new tokens' rows.
         adapter: the adapter, for `bind(params, adapter)`.
         receipt: what was loaded, and its plan.
     """
@@ -49,6 +50,9 @@ def load_adapted(
     a hub id, or the embedded model. No other path in the adapter's files is followed.
     Where the adapter is for a model whose layers are repeated, so are those of this one
     (see `replicate`).
+
+    Where the adapter was trained on a vocabulary that had grown, the model grows alike
+    before it is loaded; see `checkpoint.read_growth`.
 
     Args:
         adapter_dir: the adapter's folder.
@@ -76,8 +80,29 @@ def load_adapted(
     if ranges is not None:
         params = replicate(params, ranges, layers=model.layers_path)
         model = model.with_layers(sum(end - first for first, end in ranges))
+    model, params = grown_for(adapter_dir, model, params)
     adapter, receipt = load_adapter(adapter_dir, params, names=model.names)
     return LoadedAdapter(model, params, adapter, receipt)
+
+
+def grown_for(
+    adapter_dir: str | os.PathLike, model: models.Model | models.Encoder, params: Any
+) -> tuple[models.Model | models.Encoder, Any]:
+    """A model with as many tokens as an adapter was trained on.
+
+    Args:
+        adapter_dir: the adapter's folder.
+        model: the base, as it was loaded.
+        params: its parameters, or their types.
+
+    Returns:
+        `(model, params)`; the same where nothing grew, or the base has grown already.
+    """
+    growth = read_growth(adapter_dir, params, names=model.names)
+    if growth is None or growth.before != model.config.vocab_size:
+        return model, params
+    how = {name: getattr(growth, name) for name in ("to", "multiple", "init", "seed")}
+    return models.grow(model, params, **how)[:2]
 
 
 def _base(folder: Path) -> str | Path:

@@ -11,6 +11,7 @@ import numpy as np
 
 from .._errors import CheckpointError
 from .._json import read_json
+from ._grown_tensor import GrownTensor
 from ._safetensors import FLOATS, Entry, Reader
 
 SINGLE = "model.safetensors"
@@ -43,6 +44,8 @@ class BaseFolder:
         shards: the tensors of each file, in the order in which they lie there.
         metadata: what the index says beside the map; `None` if there is no index.
         changed: whether the configuration is another than the file's.
+        grown: the tensors that have got rows for new tokens. They are seen with them
+            everywhere; the files are as they were.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class BaseFolder:
             file: tuple(sorted(reader.entries, key=lambda n: reader.entries[n].start))
             for file, reader in readers.items()
         }
+        self.grown: dict[str, GrownTensor] = {}
         self._readers = readers
         self._where = {n: file for file, names in self.shards.items() for n in names}
 
@@ -91,8 +95,9 @@ class BaseFolder:
         return iter(self._where)
 
     def entry(self, name: str) -> Entry:
-        """Dtype, shape and place of a tensor."""
-        return self.reader(name).entries[name]
+        """Dtype, shape and place of a tensor; of one that has grown, as it will be."""
+        entry = self.reader(name).entries[name]
+        return self.grown[name].entry(entry) if name in self.grown else entry
 
     def reader(self, name: str) -> Reader:
         """The open file that holds a tensor."""
@@ -107,8 +112,20 @@ class BaseFolder:
         return self.reader(name).metadata
 
     def mapped(self, name: str) -> np.ndarray:
-        """A floating tensor, read where it is touched and no earlier."""
-        entry = self.entry(name)
+        """A floating tensor, read where it is touched and no earlier.
+
+        One that has grown is read, and in memory.
+        """
+        return self.read(name) if name in self.grown else self._mapped(name)
+
+    def read(self, name: str) -> np.ndarray:
+        """A floating tensor, in memory of its own."""
+        if name not in self.grown:
+            return self.reader(name).read(name)
+        return self.grown[name].values(self._mapped(name))
+
+    def _mapped(self, name: str) -> np.ndarray:
+        entry = self.reader(name).entries[name]
         dtype = FLOATS[entry.code]
         if not entry.size:
             return np.empty(entry.shape, dtype)

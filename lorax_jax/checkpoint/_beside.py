@@ -3,11 +3,12 @@
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from .._errors import CheckpointError
+from ._files import open_adapter
 from ._record import FileSite
 
 # What tokenizers of Transformers are made of.
@@ -93,3 +94,29 @@ def write_tokenizer(folder: Path, tokenizer: Any) -> None:
         )
     for name in found:
         shutil.copyfile(Path(tokenizer) / name, folder / name)
+
+
+def replace_tokenizer(folder: Path, tokenizer: Any) -> None:
+    """The same, in place of the tokenizer that is there."""
+    for name in _TOKENIZER:
+        (folder / name).unlink(missing_ok=True)
+    write_tokenizer(folder, tokenizer)
+
+
+def tokenizer_of(folders: Iterable[str | os.PathLike]) -> Path | None:
+    """The adapter's folder whose tokenizer goes with what it trained.
+
+    It is one that trains rows of tables, or whose vocabulary grew, and that holds a
+    tokenizer. Tables whose rows two adapters train cannot be merged, so there is one.
+    """
+    for folder in map(Path, folders):
+        with open_adapter(folder) as files:
+            record = files.record
+            if record is None:
+                concerned = bool(files.config.get("trainable_token_indices"))
+            else:
+                rows = any(site.kind == "rows" for site in record.sites)
+                concerned = rows or record.grown is not None
+        if concerned and any((folder / name).is_file() for name in _TOKENIZER):
+            return folder
+    return None

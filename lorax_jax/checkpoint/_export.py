@@ -12,13 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._errors import CheckpointError
+from .._growth import Growth
 from .._json import read_json
 from .._names import NameMap
 from .._ranges import Ranges, checked_ranges
 from ..adapters import Adapter
 from ._atomic import check_space, replacing
 from ._base_folder import CONFIG, INDEX, SINGLE, BaseFolder, copy_rest, open_base, rest
+from ._beside import replace_tokenizer, tokenizer_of
 from ._files import layer_replication as read_replication
+from ._grow_base import grow_base
 from ._onto_base import TOKEN_TABLES
 from ._piece import HEAD, Piece
 from ._pieces import pieces_of
@@ -56,6 +59,8 @@ def export_merged(
     max_shard_size: int | str | None = None,
     safe: bool = True,
     overwrite: bool = False,
+    grown: Growth | None = None,
+    tokenizer: Any = None,
 ) -> Export:
     r"""Writes the model that an adapter makes of a checkpoint, as a checkpoint.
 
@@ -68,6 +73,10 @@ def export_merged(
 
     A tied table adapted for both its uses stays tied. Adapted for one of them, the head
     gets a tensor of its own, and `tie_word_embeddings` in `config.json` becomes false.
+
+    Where an adapter was trained on a vocabulary that had grown, the tables grow alike
+    and `vocab_size` says so. The tokenizer of an adapter's folder takes the place of
+    the base's if the adapter trains rows of tables.
 
     Args:
         base_dir: the model's folder: `config.json` and safetensors.
@@ -85,6 +94,10 @@ def export_merged(
         safe: refuse if a merged tensor holds NaN or infinity.
         overwrite: replace `out_dir` even if it holds something else than an earlier
             export.
+        grown: how the parameters grew that an `Adapter` was trained on; its folder says
+            so itself.
+        tokenizer: instead of the base's, or a folder's: what has `save_pretrained`, or
+            a folder to copy a tokenizer's files from.
 
     Returns:
         An `Export`.
@@ -116,6 +129,9 @@ def export_merged(
     ranges = _replication(folders, layer_replication)
     with open_base(base_dir) as base:
         base = base if ranges is None else repeated(base, ranges)
+        growth = grow_base(base, folders, table, grown)
+        if tokenizer is None:
+            tokenizer = tokenizer_of(folders)
         changes = _Changes(base, table)
         for one, weight in zip(adapters, weights or [1.0] * len(adapters), strict=True):
             changes.pieces += [(p, float(weight)) for p in pieces_of(one, base, table)]
@@ -127,7 +143,9 @@ def export_merged(
             for file, group in files.items():
                 write_file(folder / file, base, group, safe=safe)
             copy_rest(base.path, folder)
-            _write_config(folder, base, changes.untied, wanted)
+            if tokenizer is not None:
+                replace_tokenizer(folder, tokenizer)
+            _write_config(folder, base, changes.untied, wanted, growth)
             if len(files) > 1 or (base.metadata is not None and limit is None):
                 _write_index(folder, base, files, sum(sizes.values()))
             merged = tuple(output.name for output in outputs if output.pieces)
@@ -340,15 +358,19 @@ def _files(
 
 
 def _write_config(
-    folder: Path, base: BaseFolder, untied: bool, code: str | None
+    folder: Path,
+    base: BaseFolder,
+    untied: bool,
+    code: str | None,
+    growth: Growth | None,
 ) -> None:
     config = dict(base.config)
-    if untied:
-        config["tie_word_embeddings"] = False
-        if isinstance(config.get("text_config"), dict):
-            config["text_config"] = config["text_config"] | {
-                "tie_word_embeddings": False
-            }
+    changed: dict[str, Any] = {"tie_word_embeddings": False} if untied else {}
+    if growth is not None:
+        changed["vocab_size"] = growth.after
+    config |= changed
+    if changed and isinstance(config.get("text_config"), dict):
+        config["text_config"] = config["text_config"] | changed
     if code is not None:
         field = "torch_dtype" if "torch_dtype" in config else "dtype"
         names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}

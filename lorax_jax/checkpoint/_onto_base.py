@@ -19,7 +19,7 @@ from ._files import AdapterFiles
 from ._fused import whole_modules
 from ._kernels import is_turned, order_in, turned_back
 from ._keys import parse, prefix_of
-from ._load import Loading
+from ._loading import Loading
 from ._piece import HEAD
 from ._record import FileSite, Part
 
@@ -64,11 +64,13 @@ def load_onto(
                 "not say how those lie, nor in which order a module has them. Give "
                 "`names`, a table of (path, tensor name, layout)."
             )
-        names = _own_names(files, base)
+        names = own_names(files, base)
         if record is not None:
             known = whole_modules(record.sites, rslora=record.rslora)
             sites = tuple(new for site in known for new in _renamed(site, names, base))
-            files = files._replace(record=dataclasses.replace(record, sites=sites))
+            # Here tensors are the paths, which those that grew are not.
+            record = dataclasses.replace(record, sites=sites, grown=None)
+            files = files._replace(record=record)
     params: dict[str, Any] = {}
     for tensor in base:
         path = names.path(tensor) or _with_prefix(tensor, names)
@@ -178,7 +180,7 @@ def _put(params: dict[str, Any], path: str, leaf: Any) -> None:
     params[last] = leaf
 
 
-def _own_names(files: AdapterFiles, base: BaseFolder) -> NameMap:
+def own_names(files: AdapterFiles, base: BaseFolder) -> NameMap:
     """A table in which the checkpoint's tensors are the paths."""
     entries = files.tensors.entries
     prefix = prefix_of(entries)

@@ -10,14 +10,15 @@ import dataclasses
 import json
 import math
 import operator
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from .._errors import CheckpointError, ConfigError
+from .._errors import CheckpointError, ConfigError, GrowthError
+from .._growth import INITS, Growth, Table
 from .._ranges import Ranges, checked_ranges
 from ..adapters import KINDS
 from ..structure import Part as Box
 from ..structure import Run, Use
+from ._fields import Fields
 from ._keys import PREFIX, keys
 
 # The metadata's name in the header, and its version: 1 where all is plain LoRA, which
@@ -33,6 +34,7 @@ BASE_LAYER = ".base_layer"
 
 # A table has some 10^5 rows.
 _MOST_ROWS = 1 << 20
+_MOST_AXES = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +151,12 @@ class FileSite:
         return self.rank if self.ranks is None else self.ranks[1]
 
     @property
+    def is_plain(self) -> bool:
+        """Whether it is a LoRA of a module, and of all of it."""
+        more = self.bias or self.parameter is not None
+        return self.kind == "lora" and not more and not (self.part and self.part.view)
+
+    @property
     def low_rank(self) -> bool:
         """Whether it has factors."""
         return self.rank > 0
@@ -171,6 +179,40 @@ class FileSite:
         return keys(self.tied, kind=self.kind, prefix=prefix)
 
 
+class FileTensor(NamedTuple):
+    """A table of tokens in a checkpoint.
+
+    Attributes:
+        name: the tensor's name.
+        turned: whether it is the transpose of our leaf.
+    """
+
+    name: str
+    turned: bool
+
+
+class FileGrowth(NamedTuple):
+    """How the vocabulary grew that an adapter was trained on.
+
+    Attributes:
+        growth: what grew, and how.
+        tensors: its tables in the checkpoint, `None` where not known.
+    """
+
+    growth: Growth
+    tensors: tuple[FileTensor | None, ...]
+
+    def encode(self) -> dict[str, Any]:
+        """As JSON."""
+        growth = self.growth
+        tables = [
+            table._asdict() | ({} if tensor is None else tensor._asdict())
+            for table, tensor in zip(growth.tables, self.tensors, strict=True)
+        ]
+        numbers = {n: getattr(growth, n) for n in ("before", "to", "multiple", "seed")}
+        return {"tables": tables, **numbers, "init": growth.init}
+
+
 @dataclasses.dataclass(frozen=True)
 class Record:
     """The metadata of a file.
@@ -181,6 +223,7 @@ class Record:
         sites: what the file holds.
         bias: which biases the configuration asked for.
         layer_replication: the ranges of layers that the model is made of.
+        grown: how the vocabulary grew, if it did.
     """
 
     keys: Keys
@@ -188,21 +231,21 @@ class Record:
     sites: tuple[FileSite, ...]
     bias: str = "none"
     layer_replication: Ranges | None = None
+    grown: FileGrowth | None = None
 
     def encode(self) -> dict[str, str]:
         """The header's metadata."""
-        plain = self.layer_replication is None and all(
-            site.kind == "lora"
-            and not site.bias
-            and site.parameter is None
-            and (site.part is None or site.part.view is None)
-            for site in self.sites
-        )
-        whole = {"version": 1 if plain else VERSION, **dataclasses.asdict(self)}
+        plain = self.layer_replication is None and self.grown is None
+        plain &= all(site.is_plain for site in self.sites)
+        version = 1 if plain else VERSION
+        whole: dict[str, Any] = {"version": version, **dataclasses.asdict(self)}
         if self.bias == "none":
             del whole["bias"]
         if self.layer_replication is None:
             del whole["layer_replication"]
+        del whole["grown"]
+        if self.grown is not None:
+            whole["grown"] = self.grown.encode()
         for site in whole["sites"]:  # leave out what says nothing
             del site["turned"]
             for name, usual in _USUAL.items():
@@ -233,7 +276,7 @@ def decode(text: Any, what: str) -> Record:
     Raises:
         CheckpointError: if it is not what `encode` writes.
     """
-    read = _Fields(text, f"The metadata of {what}")
+    read = Fields(text, f"The metadata of {what}")
     version = read("version", int)
     if version not in range(1, VERSION + 1):
         raise CheckpointError(
@@ -258,10 +301,11 @@ def decode(text: Any, what: str) -> Record:
         sites=sites,
         bias=read("bias", str, BIASES, optional=True) or "none",
         layer_replication=_ranges(read),
+        grown=_grown(read("grown", dict, optional=True), what),
     )
 
 
-def _ranges(read: "_Fields") -> Ranges | None:
+def _ranges(read: Fields) -> Ranges | None:
     ranges = read("layer_replication", list, optional=True)
     try:
         return None if ranges is None else checked_ranges(ranges, "`layer_replication`")
@@ -269,8 +313,35 @@ def _ranges(read: "_Fields") -> Ranges | None:
         raise read.bad("`layer_replication`", ranges) from None
 
 
+def _grown(grown: Any, what: str) -> FileGrowth | None:
+    if grown is None:
+        return None
+    read = Fields(grown, f"The metadata of {what}")
+    tables, tensors = [], []
+    for fields in read("tables", list):
+        table = Fields(fields, read.what)
+        tables.append(Table(*(table(n, k) for n, k in Table.__annotations__.items())))
+        name = table("name", str, optional=True)
+        turned = name is not None and table("turned", bool)
+        tensors.append(None if name is None else FileTensor(name, turned))
+    numbers = {n: read(n, int) for n in ("before", "to", "multiple", "seed")}
+    init = read("init", str, INITS)
+    try:
+        growth = Growth(tuple(tables), init=init, **numbers)
+    except GrowthError:
+        raise read.bad("`grown`", numbers) from None
+    inside = all(0 <= t.axis < t.ndim <= _MOST_AXES for t in tables)
+    inside &= all(
+        t.ndim == 2 for t, n in zip(tables, tensors, strict=True) if n and n[1]
+    )
+    # What a file asks for is allocated when it is loaded.
+    if not tables or not inside or growth.after - growth.before > _MOST_ROWS:
+        raise read.bad("`grown`", grown)
+    return FileGrowth(growth, tuple(tensors))
+
+
 def _site(site: Any, what: str) -> FileSite:
-    read = _Fields(site, f"The metadata of {what}")
+    read = Fields(site, f"The metadata of {what}")
     part = read("part", dict, optional=True)
     rank, scale, dropout = (
         read("rank", int),
@@ -331,7 +402,7 @@ def _site(site: Any, what: str) -> FileSite:
 
 
 def _part(part: Any, what: str, kind: str) -> Part:
-    read = _Fields(part, f"The metadata of {what}")
+    read = Fields(part, f"The metadata of {what}")
     found = Part(
         shape=read.sizes("shape"),
         inputs=read.sizes("inputs"),
@@ -372,7 +443,7 @@ def _part(part: Any, what: str, kind: str) -> Part:
     return found
 
 
-def _view(read: "_Fields") -> tuple[tuple[tuple[int, int, int, int], ...] | None, ...]:
+def _view(read: Fields) -> tuple[tuple[tuple[int, int, int, int], ...] | None, ...]:
     """The axes of a view, as far as they can be read by themselves."""
     value = read("view", list)
     axes = []
@@ -388,47 +459,3 @@ def _view(read: "_Fields") -> tuple[tuple[tuple[int, int, int, int], ...] | None
             raise read.bad("`view`", value)
         axes.append(None if axis is None else tuple(map(tuple, runs)))
     return tuple(axes)
-
-
-class _Fields:
-    """Reads typed fields of an object."""
-
-    def __init__(self, fields: Any, what: str):
-        self.fields = fields if isinstance(fields, Mapping) else {}
-        self.what = what
-
-    def __call__(
-        self,
-        name: str,
-        kind: type,
-        among: Sequence[Any] | None = None,
-        *,
-        optional: bool = False,
-    ) -> Any:
-        value = self.fields.get(name)
-        if value is None and optional:
-            return None
-        kinds = (int, float) if kind is float else (kind,)
-        wrong = isinstance(value, bool) and kind is not bool
-        if not isinstance(value, kinds) or wrong or (among and value not in among):
-            raise self.bad(f"`{name}`", value)
-        if isinstance(value, int | float) and not abs(value) < 1e30:
-            raise self.bad(f"`{name}`", value)
-        return value
-
-    def sizes(self, name: str, most: int = 16) -> tuple[int, ...]:
-        """A list of small integers, a short one."""
-        values = self(name, list)
-        for n in values:
-            if isinstance(n, bool) or not isinstance(n, int) or not 0 <= n < 1 << 48:
-                raise self.bad(f"`{name}`", values)
-        if len(values) > most:
-            raise self.bad(f"`{name}`", values)
-        return tuple(values)
-
-    def bad(self, label: str, value: Any) -> CheckpointError:
-        return CheckpointError(
-            f"{self.what} has {label} = {value!r:.80}, which `save_adapter` never "
-            "writes: the file was changed or damaged. If PEFT's keys and "
-            "adapter_config.json are right, remove the metadata and give `names`."
-        )

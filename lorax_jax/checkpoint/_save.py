@@ -12,6 +12,7 @@ import numpy as np
 
 from .. import _paths, _peft
 from .._errors import AdapterError, CheckpointError
+from .._growth import Growth
 from .._names import NameMap
 from ..adapters import Adapter, Fixed, is_weight
 from ..planning import Plan, Slot
@@ -23,6 +24,7 @@ from ._copies import modules_to_save
 from ._files import CONFIG, OURS, TENSORS
 from ._fingerprint import fingerprints
 from ._fused import fused, module_alpha
+from ._grown import file_growth
 from ._kernels import to_theirs, turned
 from ._keys import PREFIX
 from ._layouts import tensor_layout
@@ -42,6 +44,7 @@ def save_adapter(
     base_model_name_or_path: str | os.PathLike | None = None,
     task_type: str | None = None,
     tokenizer: Any = None,
+    grown: Growth | None = None,
 ) -> None:
     """Writes an adapter to a folder, as PEFT does.
 
@@ -85,7 +88,10 @@ def save_adapter(
         base_model_name_or_path: where the base is, a hub id or a folder.
         task_type: PEFT's, e.g. `"CAUSAL_LM"`.
         tokenizer: what has `save_pretrained`, or a folder to copy a tokenizer's files
-            from.
+            from. It appears with the rest.
+        grown: how the vocabulary grew, from `lorax_jax.grow` or `models.grow`. It goes
+            into the header, so that a copy of the base can grow alike; the tables
+            themselves are not saved.
 
     Raises:
         AdapterError: if the adapter is not one of the plan.
@@ -120,8 +126,15 @@ def save_adapter(
         config = _config(sites, table, plan)
         config |= {"base_model_name_or_path": base, "task_type": task_type}
     form = "paths" if table is None else "peft"
-    ranges = plan.config.layer_replication
-    record = Record(form, rslora, tuple(sites), plan.config.bias, ranges)
+    growth = file_growth(grown, plan, params, table)
+    record = Record(
+        form,
+        rslora,
+        tuple(sites),
+        plan.config.bias,
+        layer_replication=plan.config.layer_replication,
+        grown=growth,
+    )
     metadata = record.encode()
     size = sum(tensor.nbytes for tensor in tensors.values())
     check_space(dir, size + len(str(metadata)) + (1 << 20))

@@ -25,6 +25,7 @@ from ..adapters import Adapted, Dora, LowRank, Origin, Rows, Term, bind
 from ..merging import merged_weight
 from ..structure import Factor
 from ._base_folder import BaseFolder
+from ._host import on_host
 from ._piece import Piece, matrix_of
 from ._safetensors import FLOATS, Reader, Writer
 
@@ -70,8 +71,11 @@ def write_file(
         for output in outputs:
             reader, entry = base.reader(output.source), base.entry(output.source)
             if output.pieces:
-                tensor = reader.read(output.source)
+                tensor = base.read(output.source)
                 file.write(merged(tensor, output.pieces, FLOATS[output.code], safe))
+            elif output.source in base.grown:
+                tensor = base.read(output.source)
+                file.write(tensor.astype(FLOATS[output.code], copy=False))
             else:
                 for chunk in _chunks(reader, entry.start, entry.size):
                     if output.code != entry.code:
@@ -112,7 +116,7 @@ def merged(
     if pieces[0][0].kernel:
         ours, out = (x.reshape(matrix_of(x.shape)) for x in (tensor, result))
     ours, out = (ours.T, out.T) if turned else (ours, out)  # (d_in, d_out)
-    with jax.default_device(_cpu()):
+    with on_host():
         terms = _terms(ours, pieces)
         origin = Origin(pieces[0][0].path)
 
@@ -230,11 +234,3 @@ def _blocks(shape: tuple[int, ...]) -> Iterable[slice]:
         yield slice(start, start + rows)
     if count % rows:
         yield slice(count - rows, count)
-
-
-def _cpu() -> Any:
-    """The host, where the tensors are; an accelerator would only be a detour."""
-    try:
-        return jax.local_devices(backend="cpu")[0]
-    except RuntimeError:  # a JAX that was told to use no CPU
-        return None

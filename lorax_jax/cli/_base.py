@@ -3,7 +3,9 @@
 import contextlib
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from .._errors import CheckpointError, ConfigError
@@ -19,12 +21,16 @@ class Base(NamedTuple):
         params: its parameters.
         tokenizer: a `transformers` tokenizer.
         where: its folder (absolute) or hub id.
+        token_rows: rows of new tokens to train; see `_tokens.py`.
+        growth: how the vocabulary grew for them, if it did.
     """
 
     model: Any
     params: Any
     tokenizer: Any
     where: str
+    token_rows: Mapping[str, tuple[int, ...]] = MappingProxyType({})
+    growth: Any = None
 
     @property
     def positions(self) -> int | None:

@@ -34,6 +34,12 @@ DTYPES = ("float32", "bfloat16", "float16")
     type=click.Choice(TIES),
     help="Which use of a table that is also the head to adapt.",
 )
+@click.option(
+    "--new-token",
+    type=Prompt(),
+    multiple=True,
+    help="A token that the tokenizer lacks; may be repeated.",
+)
 @click.option("--rank", type=click.IntRange(1), default=8, help="[default: 8]")
 @click.option(
     "--alpha",
@@ -108,6 +114,7 @@ def finetune(ctx: click.Context, **options: Any) -> None:
       lorax-jax finetune --model HuggingFaceTB/SmolLM2-135M --data notes.txt
       lorax-jax finetune --model ./llama --data chat.jsonl --rank 16 --dtype bfloat16
       lorax-jax finetune --targets '.*/(q|v)_proj/kernel' --out small --export
+      lorax-jax finetune --data calls.txt --new-token '<tool>' --new-token '</tool>'
       lorax-jax finetune --resume lorax-out
           go on after Ctrl-C or SIGTERM; all other options are as they were
 
@@ -116,6 +123,10 @@ def finetune(ctx: click.Context, **options: Any) -> None:
     and what the assistant says are learned; prompts are only read. A row holds one
     document; with --pack several, which is faster for short ones, but then each sees
     what stands before it in its row.
+
+    A new token is one token wherever its text stands in the data. Its rows of the table
+    and of the head are trained beside the adapter and saved with it; `generate` and
+    `merge` grow the base alike.
 
     OUT gets adapter/ (PEFT's format, with the tokenizer), merged/ with --export,
     loss.png, history.jsonl, run.json, and state/ to resume from. An existing folder is

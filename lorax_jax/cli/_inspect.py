@@ -71,11 +71,13 @@ def _model(path: Path, config: Any) -> None:
 
 def _adapter(path: Path, base: str | None) -> None:
     from .._count import count
+    from .._load_adapted import grown_for
     from ..checkpoint import load_adapter
     from ._base import base_of
 
     where = base_of(path) if base is None else base
     model, params = _for_adapter(_abstract(where), path)
+    model, params = grown_for(path, model, params)
     adapter, receipt = load_adapter(path, params, names=model.names)
     click.echo(f"base      {where}\n{receipt}\n\n{receipt.plan}\n")
     zero = _norms(receipt.plan, adapter)
@@ -108,10 +110,11 @@ def _norms(plan: Any, adapter: Any) -> list[str]:
     """Prints how large each site's factors are; returns those that do nothing."""
     import numpy as np
 
-    width = max(len(slot.name) for slot in plan.slots)
+    slots = [slot for slot in plan.slots if "a" in adapter.train[slot.name]]
+    width = max(len(slot.name) for slot in slots)
     click.echo(f"{'norms':{width}}  {'A':>10}  {'B':>10}  {'scale A B':>10}")
     zero = []
-    for slot in plan.slots:
+    for slot in slots:
         train, scale = adapter.train[slot.name], adapter.fixed[slot.name]["scale"]
         a, b = (np.asarray(train[name], np.float64) for name in ("a", "b"))
         a, b = slot.matrices(a, b)  # (sites, *apart, d_in, rank) and so on

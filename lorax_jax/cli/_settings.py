@@ -49,7 +49,7 @@ def complete(options: dict[str, Any]) -> dict[str, Any]:
     # Whether an adapter names its base as seen from itself; see `_base.reference`.
     settings["relative"] = not Path(settings["model"] or "/").is_absolute()
     settings["model"] = located(settings["model"])
-    for name in ("targets", "exclude"):
+    for name in ("targets", "exclude", "new_token"):
         settings[name] = list(settings[name])
     return settings
 

@@ -12,12 +12,13 @@ from tqdm import tqdm
 
 from .. import _count, checkpoint, planning, train, transform
 from .._config import LoraConfig
-from ..adapters import bind
+from ..adapters import Adapter, bind
 from ._base import Base, folder_of, load_base, reference
 from ._output import check_space
 from ._program import note_saved
 from ._rows import Rows, read_rows
 from ._text import continue_text
+from ._tokens import check_rows, with_tokens
 
 EVALUATIONS = 5
 
@@ -61,9 +62,12 @@ class Training:
             scan_layers=settings["scan_layers"],
             remat="full" if settings["remat"] else None,
         )
-        model = base.model
         size = sum(leaf.size for leaf in jax.tree.leaves(base.params))
-        click.echo(f"base      {base.name}: {size:,} parameters, {model.dtype.name}")
+        dtype = base.model.dtype.name
+        click.echo(f"base      {base.name}: {size:,} parameters, {dtype}")
+        base = with_tokens(base, settings["new_token"])
+        if base.token_rows:
+            click.echo(f"tokens    {_new_tokens(base)}")
         rows = read_rows(records, base, settings)
         ids = jax.ShapeDtypeStruct((1, rows.data.weights.shape[1]), jnp.int32)
         config = LoraConfig(
@@ -75,8 +79,10 @@ class Training:
             rslora=settings["rslora"],
             dropout=settings["dropout"],
             init=settings["init"],
+            token_rows=base.token_rows,
         )
-        plan = planning.plan(config, base.params, fn=model.apply, args=(ids,))
+        plan = planning.plan(config, base.params, fn=base.model.apply, args=(ids,))
+        check_rows(plan)
         click.echo(f"\n{plan}\n")
         return cls(settings, base, rows, plan)
 
@@ -91,6 +97,7 @@ class Training:
             merged = checkpoint.check_export(base, out / "merged")
             # A table that is adapted in one use gives the head a tensor of its own.
             merged += sum(4 * math.prod(site.shape) for site in self.plan if site.use)
+            merged += sum(4 * site.trainable for site in self.plan if not site.rank)
         check_space(out, memory.adapter + 2 * state + merged, max(state, merged))
 
     def run(self, out: Path, *, resume: bool) -> bool:
@@ -99,7 +106,7 @@ class Training:
         steps = settings["steps"]
         click.echo(_count.count(self.base.params, self.adapter))
         if not resume:
-            self._sample("before", 0.0)
+            self._sample("before", train.scaled(self.adapter, np.float32(0)))
         try:
             run = train.finetune(
                 self.base.model.apply,
@@ -137,7 +144,7 @@ class Training:
                 f"{run.compile_seconds:.1f} s for the first step, which is compiled"
             )
         self._compare()
-        self._sample("after", 1.0)
+        self._sample("after", self.adapter)
         return True
 
     def write(self, out: Path) -> list[Path]:
@@ -153,6 +160,7 @@ class Training:
             base_model_name_or_path=named,
             task_type="CAUSAL_LM",
             tokenizer=base.tokenizer,
+            grown=base.growth,
         )
         note_saved(folder)
         train.write_history(out / "history.jsonl", self.history)
@@ -175,14 +183,13 @@ class Training:
                 f"held out  {first:.4f} -> {last:.4f} nats/token ({change:+.1f} %)"
             )
 
-    def _sample(self, when: str, weight: float) -> None:
+    def _sample(self, when: str, adapter: Adapter) -> None:
         count = self.settings["sample_tokens"]
         if not count:
             return
         text = continue_text(
             self.forward,
-            # The same program with the adapter's weight at 0 is the base.
-            bind(self.base.params, self.adapter, weights=[np.float32(weight)]),
+            bind(self.base.params, adapter),
             self.base.tokenizer,
             self.rows.prompt,
             max_new_tokens=count,
@@ -194,6 +201,16 @@ class Training:
         first, *more = (self.rows.prompt + text).strip().splitlines()
         lines = [f"{when:9} {first}", *(f"{'':9} {line}".rstrip() for line in more)]
         click.echo("\n".join(lines))
+
+
+def _new_tokens(base: Base) -> str:
+    """What was added, and where it is."""
+    ids = next(iter(base.token_rows.values()))
+    known = ", ".join(f"{base.tokenizer.decode([i])} ({i})" for i in ids)
+    growth = base.growth
+    if growth is None:
+        return f"{known}: rows that the model had to spare"
+    return f"{known}: the vocabulary grew from {growth.before:,} to {growth.after:,}"
 
 
 def _report(line: dict[str, Any]) -> None:

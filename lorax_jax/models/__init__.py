@@ -15,3 +15,6 @@ from ._load import load as load
 from ._load import to_hf as to_hf
 from ._model import Model as Model
 from ._transformers import tokenizer as tokenizer
+from ._vocabulary import GrownModel as GrownModel
+from ._vocabulary import grow as grow
+from ._vocabulary import token_axes as token_axes

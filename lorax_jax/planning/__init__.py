@@ -1,5 +1,6 @@
 """From a configuration and a model to sites, and from sites to a starting adapter."""
 
+from ._grow import grow as grow
 from ._init import init as init
 from ._plan import Memory as Memory
 from ._plan import Plan as Plan

@@ -14,6 +14,7 @@ from ..adapters import Role, not_floating
 from ..transform import Leaf
 from ._select import Candidate, matches, stacks_of
 from ._sites import Site, Slot, part_indices
+from ._token_axis import token_axis
 
 
 def beside(
@@ -182,7 +183,7 @@ def _rows(leaf: Leaf, ids: tuple[int, ...], pattern: str | None, dtypes) -> Slot
     if ids[-1] >= count:
         raise PlanError(
             f"`token_rows` asks for row {ids[-1]} of {leaf.path!r}, which has {count}. "
-            "New tokens need a larger table first."
+            "New tokens need a larger table first: `lj.grow(params, ...)`."
         )
     rest = tuple(i for i in range(len(leaf.shape)) if i != axis)
     role = Role(leaf.path, (axis,), rest, lookup=True, kind="rows")
@@ -194,14 +195,11 @@ def _rows(leaf: Leaf, ids: tuple[int, ...], pattern: str | None, dtypes) -> Slot
 
 
 def _row_axis(leaf: Leaf) -> int:
-    """The axis of a table, or of an output head, that counts tokens."""
-    for kind, role in (("lookup", "in"), ("product", "out")):
-        for consumer in leaf.of_kind(kind):
-            axes = [i for i, r in enumerate(consumer.axes) if r == role]
-            if len(axes) == 1 and "batch" not in consumer.axes:
-                return axes[0]
-    raise PlanError(
-        f"`token_rows` names {leaf.path!r} of shape {leaf.shape}, which the function "
-        "neither looks up along one axis nor multiplies as a head. Its rows cannot be "
-        "told."
-    )
+    axis = token_axis(leaf)
+    if axis is None:
+        raise PlanError(
+            f"`token_rows` names {leaf.path!r} of shape {leaf.shape}, which the "
+            "function neither looks up along one axis nor multiplies as a head. Its "
+            "rows cannot be told."
+        )
+    return axis

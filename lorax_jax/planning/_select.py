@@ -16,6 +16,7 @@ from ..structure import Use
 from ..transform import Consumer, Leaf
 from ._parts import check_names, check_summed, roles_of_parts, with_batch
 from ._sites import Site, Slot, parameters, part_indices
+from ._tie import check_ties
 
 # Query and value projections under the names that architectures give them: what PEFT
 # adapts when it is told nothing. The first pattern that matches anything is taken.
@@ -71,7 +72,9 @@ class Selection:
                 leaf[candidate.index] = candidate, rule
         self._check_counts()
         leaves = self.leaves
-        return [s for path, on in chosen.items() for s in self._leaf(leaves[path], on)]
+        out = [s for path, on in chosen.items() for s in self._leaf(leaves[path], on)]
+        check_ties(self.config, out, leaves)
+        return out
 
     def _rules(self) -> list[Rule]:
         if self.config.rules is not None:

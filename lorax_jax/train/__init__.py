@@ -23,6 +23,7 @@ from ._windows import windows as windows
 from ._loss import bits_per_byte as bits_per_byte
 from ._loss import cross_entropy as cross_entropy
 from ._optimizer import optimizer as optimizer
+from ._scaled import scaled as scaled
 from ._step import Metrics as Metrics
 from ._step import State as State
 from ._step import make_score as make_score

@@ -198,7 +198,7 @@ def evaluate(
 
     Args:
         score: from `make_score`.
-        weight: multiplies the adapter: 0 measures the base.
+        weight: multiplies the adapter's scales; see `scaled`.
         adapter: what to measure.
         params: the parameters.
         heldout: the rows.

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from ..adapters import Adapter, bind
 from ..transform import adapt
 from ._loss import cross_entropy
+from ._scaled import scaled
 from ._windows import Windows
 
 
@@ -131,13 +132,14 @@ def make_score(
     Returns:
         `score(weight, adapter, params, batch) -> (nats, tokens)`, jitted: the summed
         loss and the summed weights of a batch `(rows, length)`. `weight` multiplies the
-        adapter: 0 measures the base with the same compiled program.
+        adapter's scales, see `scaled`: before the first step, 0 measures the base with
+        the same compiled program.
     """
     forward = adapt(apply)
 
     @jax.jit
     def score(weight: Any, adapter: Adapter, params: Any, batch: Windows):
-        bound = bind(params, adapter, weights=[weight])
+        bound = bind(params, scaled(adapter, weight))
         logits = forward(bound, batch.ids[:, :-1])
         nats = cross_entropy(logits, batch.ids[:, 1:], batch.weights, total=1.0)
         return nats, batch.weights.sum()

@@ -15,8 +15,10 @@ from .. import _paths
 from .._errors import TransformError
 from ..adapters import Adapted, is_weight
 from . import _jaxpr
+from ._adapt import named, stand_in
 from ._consumers import INPUT, Leaf
-from ._interpreter import allowed, named, retrace, stand_in
+from ._interpreter import retrace
+from ._options import allowed
 from ._probe import whole
 from ._walk import Walk
 

@@ -283,7 +283,7 @@ def test_a_header_full_of_keys(make, folder):
 RECORDS = {
     "no JSON": ("{", "is not JSON"),
     "no object": ("[]", "has `version` = None"),
-    "version": ('{"version": 3}', "has metadata of version 3"),
+    "version": ('{"version": 4}', "has metadata of version 4"),
     "keys": ('{"version": 1, "keys": "x", "sites": []}', "has `keys` = 'x'"),
     "layers": (
         '{"version": 2, "keys": "peft", "sites": [], "rslora": false, '

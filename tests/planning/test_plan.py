@@ -220,6 +220,24 @@ def test_ties(tie, name, inputs, lookup):
     assert (slot.name, slot.role.inputs, slot.role.lookup) == (name, inputs, lookup)
 
 
+@pytest.mark.parametrize("tie", ["lookup", "head"])
+def test_a_tie_that_is_none(tie):
+    """Of a rule it means each of its weights, of the configuration one of them."""
+    with pytest.raises(
+        PlanError,
+        match=f"'w.embed' adapts one .* `tie` = '{tie}', and 'w' is multiplied by, at",
+    ):
+        make(lj.LoraConfig({"w|embed": {"tie": tie}}), TIED)
+    with pytest.raises(PlanError, match="none of the 1 targets is tied: 'w' is mult"):
+        make(lj.LoraConfig("w", tie=tie), TIED)
+    assert len(make(lj.LoraConfig(["w", "embed"], tie=tie), TIED)) == 2
+    untied = TIED[0], lambda p, ids: p["embed"][ids] @ p["w"], TIED[2]
+    with pytest.raises(PlanError, match="'embed' is looked up and never multiplied by"):
+        make(lj.LoraConfig({"embed": {"tie": tie}}), untied)
+    # "shared" is the weight itself, whichever uses it has.
+    assert len(make(lj.LoraConfig({"embed": {"tie": "shared"}}), untied)) == 1
+
+
 def test_all_linear_leaves_a_tied_head_alone():
     assert [s.path for s in make(lj.LoraConfig("all-linear"), TIED)] == ["w"]
 

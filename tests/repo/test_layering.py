@@ -15,7 +15,7 @@ LEVELS = [
     {"_errors"},
     {"errors"},
     {"_paths", "_json", "_ranges"},
-    {"structure", "_names", "_parts"},
+    {"structure", "_names", "_parts", "_growth"},
     {"_peft"},
     {"_config", "quant", "models", "_functional"},
     {"adapters", "replication"},

@@ -72,10 +72,10 @@ def test_to_resume_is_never_to_have_stopped(
 
     def crash(line):
         if line["step"] == 8:
-            raise Stop
+            raise Stop("the power failed")
 
     saved = options | {"folder": tmp_path, "save_every": 5}
-    with pytest.raises(Stop):
+    with pytest.raises(Stop, match="the power failed"):
         finetune(model, params, adapter, rows, **saved, report=crash)
     assert train.saved_steps(tmp_path) == [5]
     run = finetune(model, params, adapter, rows, **saved, resume=True)
@@ -124,7 +124,7 @@ def test_a_second_ctrl_c_stops_at_once(model, params, adapter, rows, options):
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt):  # which says nothing
+    with pytest.raises(KeyboardInterrupt, match="^$"):  # which says nothing
         finetune(model, params, adapter, rows, **options, report=interrupt)
 
 
@@ -219,3 +219,19 @@ def test_a_finished_run(model, params, adapter, rows, options, tmp_path):
 def test_resuming_from_nowhere(model, params, adapter, rows, options):
     with pytest.raises(TrainingError, match="`resume` needs a `folder`"):
         finetune(model, params, adapter, rows, **options, resume=True)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"dora": True}, {"token_rows": [3], "init": False}, {"whole": "embed"}],
+    ids=["dora", "rows", "whole"],
+)
+def test_what_has_no_scale(model, params, adapter_with, rows, options, config):
+    """The measurement before the first step is the base's."""
+    adapter = adapter_with(params, **config)
+    run = finetune(model, params, adapter, rows, **options)
+    measured = [x["heldout_loss"] for x in run.history if "heldout_loss" in x]
+    ids, weights = options["heldout"].windows
+    loss = float(train.cross_entropy(model(params, ids[:, :-1]), ids[:, 1:], weights))
+    np.testing.assert_allclose(measured[0], loss, rtol=1e-5)
+    assert measured[-1] < measured[0]

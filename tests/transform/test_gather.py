@@ -186,3 +186,31 @@ def test_filling_an_axis_that_no_factor_holds_is_refused(key, x):
 
     with pytest.raises(TransformError, match="one that no factor runs along"):
         lj.adapt(fn)(bound, x)
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"dora": True}, {"token_rows": [1, 3]}], ids=str
+)
+@pytest.mark.parametrize("axis", [0, 1])
+def test_one_row_at_a_time_under_vmap(key, config, axis):
+    """`w[i]` of a scalar, mapped over: a gather along two axes, one of them whole."""
+    shape = (E, D) if axis == 0 else (D, E)
+    params = {"w": jax.random.normal(key, shape), "v": jnp.eye(D)}
+
+    def fn(params, ids):
+        one = lambda i: jax.lax.dynamic_index_in_dim(params["w"], i, axis, False)  # noqa: E731
+        return jax.vmap(jax.vmap(one))(ids) @ params["v"]
+
+    ids = jnp.array([[0, 3], [1, 9]])  # the last is out of range, and clamped
+    targets = "v" if "token_rows" in config else "w|v"
+    whole = lj.LoraConfig(targets, rank=2, init=False, **config)
+    plan = lj.plan(whole, params, fn, (ids,))
+    (slot,) = [slot for slot in plan.slots if slot.role.path == "w"]
+    assert (slot.role.inputs, slot.role.lookup) == ((axis,), True)
+    adapter = lj.init(plan, params, key=key)
+    if "token_rows" in config:
+        rows = adapter.train["w@rows"]
+        adapter.train["w@rows"] = {"rows": rows["rows"] + 1}
+    got = jax.jit(lj.adapt(fn))(lj.bind(params, adapter), ids)
+    want = fn(lj.merge(params, adapter), ids)
+    assert_close(got, want, length=D * 2)

@@ -2,8 +2,8 @@
 
 import functools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -93,29 +93,43 @@ def _entries(
     return lax.gather(array, index, numbers, sizes, mode=mode, fill_value=0)
 
 
-def lookup(eqn: Any) -> Take | None:
+class Lookup(NamedTuple):
+    """A gather that looks rows up.
+
+    Attributes:
+        take: what it does, with indices of one column.
+        column: which column of the gather's own indices that is. The others, if any,
+            are those of whole axes, as `vmap` of a slice makes them.
+        ones: axes of the result that hold one entry of the looked-up axis each.
+    """
+
+    take: Take
+    column: int
+    ones: tuple[int, ...]
+
+
+def lookup(eqn: Any, op: Pick) -> Lookup | None:
     """The gather as a lookup of rows, or `None` if it indexes no single axis."""
     numbers = eqn.params["dimension_numbers"]
-    gone = tuple(numbers.collapsed_slice_dims)
-    if len(gone) != 1 or gone != tuple(numbers.start_index_map):
+    if len(op.axes) != 1 or numbers.operand_batching_dims:
         return None
-    if numbers.operand_batching_dims:
-        return None
-    (axis,) = gone
-    rest = iter(i for i in range(len(eqn.invars[0].aval.shape)) if i != axis)
-    out_ndim = len(eqn.outvars[0].aval.shape)
-    ids = iter(range(out_ndim))
+    (axis,) = op.axes
+    ones = tuple(new for _, new in op.ones)
+    places = {new: old for old, new in op.kept}
+    ids = iter(range(len(op.ids)))
     labels = tuple(
-        next(rest) if i in numbers.offset_dims else ("x", next(ids))
-        for i in range(out_ndim)
+        places[i] if i in places else ("x", next(ids))
+        for i in range(len(eqn.outvars[0].aval.shape))
+        if i not in ones
     )
-    return Take(
+    take = Take(
         axis=axis,
         labels=labels,
         mode=eqn.params["mode"],
         sorted=eqn.params["indices_are_sorted"],
         unique=eqn.params["unique_indices"],
     )
+    return Lookup(take, numbers.start_index_map.index(axis), ones)
 
 
 @rule("gather", policy="native", note="`W[ids] + s A[ids] B`, or a part of the weight")
@@ -128,7 +142,22 @@ def _gather(run, eqn, values):
     def entries(ids):
         return _jaxpr.bind(eqn, [weight.base, ids])[0]
 
-    rows = lookup(eqn)
-    if rows is not None and weight.looks_up(rows.axis):
-        return [weight.consume(indices, rows, entries)]
+    rows = lookup(eqn, op)
+    if rows is not None and weight.looks_up(rows.take.axis):
+        return [_looked_up(weight, indices, rows, entries)]
     return [weight.apply(None if weight.is_packed else entries(indices), op)]
+
+
+def _looked_up(
+    weight: Adapted, indices: jax.Array, rows: Lookup, entries: Callable
+) -> jax.Array:
+    count = indices.shape[-1]
+    columns = jnp.split(indices, count, axis=-1) if count > 1 else [indices]
+
+    def base(ids: jax.Array) -> jax.Array:
+        whole = [ids if i == rows.column else x for i, x in enumerate(columns)]
+        found = entries(jnp.concatenate(whole, -1) if len(whole) > 1 else ids)
+        return lax.squeeze(found, rows.ones) if rows.ones else found
+
+    found = weight.consume(columns[rows.column], rows.take, base)
+    return lax.expand_dims(found, rows.ones) if rows.ones else found

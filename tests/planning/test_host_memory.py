@@ -1,0 +1,67 @@
+"""Base weights that live in host memory, larger together than a device's memory."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import SingleDeviceSharding
+
+import lorax_jax as lj
+from lorax_jax.adapters import _memory
+
+COUNT, D, F = 5, 6, 10
+
+
+@pytest.fixture
+def params():
+    keys = jax.random.split(jax.random.key(0), COUNT)
+    return {f"w{i}": jax.random.normal(key, (D, F)) for i, key in enumerate(keys)}
+
+
+@pytest.fixture
+def on_host(params):
+    device = jax.devices()[0]
+    if "pinned_host" not in {m.kind for m in device.addressable_memories()}:
+        pytest.skip("this device has no pinned host memory")
+    host = SingleDeviceSharding(device, memory_kind="pinned_host")
+    return {name: jax.device_put(leaf, host) for name, leaf in params.items()}
+
+
+def apply(params, x):
+    return sum(x @ params[name] for name in sorted(params))
+
+
+def make(config, params):
+    types = {f"w{i}": jax.ShapeDtypeStruct((D, F), jnp.float32) for i in range(COUNT)}
+    plan = lj.plan(lj.LoraConfig("w.", **config), types, apply, (jnp.ones((2, D)),))
+    return lj.init(plan, params, key=jax.random.key(1))
+
+
+def on_device():
+    """Weights of this shape in the device's own memory."""
+    found = [x for x in jax.live_arrays() if x.shape == (D, F)]
+    return [x for x in found if x.sharding.memory_kind == "device"]
+
+
+@pytest.mark.parametrize("config", [{"dora": True}, {"dora": True, "init": False}])
+def test_norms_are_taken_of_one_weight_at_a_time(params, on_host, monkeypatch, config):
+    want = jax.tree.map(np.asarray, make({"rank": 2, **config}, params))
+    params.clear()
+    assert not on_device()
+    others, real = [], jax.device_put
+
+    def put(x, *args, **kwargs):
+        others.append(len(on_device()))
+        return real(x, *args, **kwargs)
+
+    monkeypatch.setattr(_memory.jax, "device_put", put)
+    found = make({"rank": 2, **config}, on_host)
+    assert others == [0] * COUNT  # when a weight comes, the one before has gone
+    assert not on_device()
+    for one, other in zip(*map(jax.tree.leaves, (want, found)), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_plain_lora_moves_nothing(on_host, monkeypatch):
+    monkeypatch.setattr(_memory.jax, "device_put", None)  # would raise if it were used
+    assert make({"rank": 2}, on_host).train["w0"]["a"].shape == (D, 2)
