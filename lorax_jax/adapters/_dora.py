@@ -267,6 +267,7 @@ def _through_weight(weight, a: jax.Array, role: Role) -> jax.Array:
         precision=lax.Precision.HIGHEST,
         output_dtype=jnp.float32,
     )
+    weight = on_device(weight)
     # A product of A with a weight in bfloat16, exact in float32, needs A in three
     # parts of bfloat16: a copy of the weight in float32 would be twice as large.
     if weight.dtype.itemsize == 1:

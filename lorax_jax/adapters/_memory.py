@@ -7,11 +7,19 @@ from jax.core import Tracer
 
 
 def on_device(leaf: Any) -> Any:
-    """A weight that lives in host memory, on its device; one at a time."""
+    """A weight that lives in host memory, on its device; one at a time.
+
+    Of a weight that is being traced, the program does that where it runs.
+    """
 
     def move(x):
+        if isinstance(x, Tracer):
+            on_host = (
+                getattr(jax.typeof(x), "memory_space", None) == jax.memory.Space.Host
+            )
+            return jax.device_put(x, jax.memory.Space.Device) if on_host else x
         kind = getattr(getattr(x, "sharding", None), "memory_kind", None)
-        if kind is None or "host" not in kind or isinstance(x, Tracer):
+        if kind is None or "host" not in kind:
             return x
         device = x.sharding.with_memory_kind("device")
         usable = {

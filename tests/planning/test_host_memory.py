@@ -65,3 +65,32 @@ def test_norms_are_taken_of_one_weight_at_a_time(params, on_host, monkeypatch, c
 def test_plain_lora_moves_nothing(on_host, monkeypatch):
     monkeypatch.setattr(_memory.jax, "device_put", None)  # would raise if it were used
     assert make({"rank": 2}, on_host).train["w0"]["a"].shape == (D, 2)
+
+
+def streamed(params, x):
+    """A model that brings each weight to the device when it is used."""
+    for name in sorted(params):
+        x = x @ jax.device_put(params[name], jax.memory.Space.Device)
+        x = jnp.tanh(x @ jnp.ones((F, D)))
+    return x
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_model_streams_its_weights(params, on_host, dora):
+    """Plans, starts, trains and merges on weights that never all leave the host."""
+    x = jax.random.normal(jax.random.key(2), (3, D))
+    config = lj.LoraConfig("w.", rank=2, dora=dora, init=dora)
+
+    def run(params):
+        plan = lj.plan(config, params, streamed, (x,))
+        train, fixed = lj.init(plan, params, key=jax.random.key(1))
+
+        def loss(train):
+            bound = lj.bind(params, lj.Adapter(train, fixed))
+            return jnp.sin(lj.adapt(streamed)(bound, x)).sum()
+
+        return jax.jit(jax.value_and_grad(loss))(train)
+
+    found, want = run(on_host), run(params)
+    for one, other in zip(*map(jax.tree.leaves, (found, want)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
