@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from helpers import draw, equations
+from jax._src.ad_checkpoint import saved_residuals
 
 import lorax_jax as lj
 from lorax_jax.adapters import Fixed, Role, base_norm, column_norm
@@ -138,6 +139,21 @@ def test_no_copy_of_the_weight_in_float32(key, grad):
         if getattr(var.aval, "shape", ()) in (shape, shape[::-1])
     ]
     assert [aval for aval in made if aval.dtype == jnp.float32] == []
+
+
+def test_what_is_kept_for_the_gradient_has_sixteen_bits(key):
+    """Of a scanned model in bfloat16: the magnitudes' gradient needs the results."""
+    params = {"w": draw(key, (3, 40, 40)).astype(jnp.bfloat16)}
+    x = draw(key, (7, 40)).astype(jnp.bfloat16)
+    _, adapter = started(params, stacked, x, key)
+
+    def loss(train):
+        bound = lj.bind(params, lj.Adapter(train, adapter.fixed))
+        return lj.adapt(stacked)(bound, x).astype(jnp.float32).sum()
+
+    kept = [aval for aval, _ in saved_residuals(loss, adapter.train)]
+    along = {aval.dtype for aval in kept if aval.shape == (3, 7, 40)}
+    assert along == {jnp.dtype(jnp.bfloat16)}
 
 
 @pytest.mark.usefixtures("relaxed")  # for Optax
