@@ -12,10 +12,16 @@ from lorax_jax.adapters import Adapted, Fixed, Role
 from lorax_jax.transform._jaxpr import equations
 
 
+def numbers(key, shape, dtype=jnp.float32):
+    """Normal numbers, drawn by NumPy, which compiles nothing."""
+    seed = np.asarray(jax.random.key_data(key)).tolist()
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape).astype(dtype))
+
+
 def draw(key, shape, dtype=jnp.float32):
     """A weight with entries of size `1 / sqrt(first axis)`."""
-    values = jax.random.normal(key, shape, jnp.float32) / np.sqrt(max(shape[0], 1))
-    return values.astype(dtype)
+    values = np.asarray(numbers(key, shape)) / np.sqrt(max(shape[0], 1))
+    return jnp.asarray(values.astype(dtype))
 
 
 def random_adapter(key, params, roles, *, rank=3, scale=0.5, dtype=jnp.float32):

@@ -39,9 +39,9 @@ class Layout:
     maps: bool = True
     rule: dict[str, Any] = dataclasses.field(default_factory=dict)
 
-    def grad(self, fn):
+    def grad(self, fn, **kwargs):
         """The gradient of `fn`, by the derivatives that the layout has."""
-        return jax.grad(fn) if self.reverse else jax.jacfwd(fn)
+        return (jax.grad if self.reverse else jax.jacfwd)(fn, **kwargs)
 
 
 def role_of(inputs, outputs, batch=(), **kwargs):
