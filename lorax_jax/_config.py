@@ -1,10 +1,8 @@
 """What to adapt, and how: `LoraConfig`."""
 
 import dataclasses
-import functools
 import math
 import os
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -12,62 +10,23 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from . import _peft
-from ._errors import ConfigError, closest
+from ._errors import ConfigError
 from ._json import read_json
 from ._names import NameMap
-from ._parts import PartRule, leaf_axes, part_rules
+from ._parts import PartRule
 from ._ranges import checked_ranges
+from ._rule import (
+    Rule,
+    Tie,
+    check_alpha,
+    check_dropout,
+    check_rank,
+    check_regex,
+    check_tie,
+    read_rules,
+)
 
-Tie = Literal["shared", "lookup", "head"]
 Bias = Literal["none", "all", "lora_only"]
-
-ALL_LINEAR = "all-linear"
-
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """One pattern and what it says differently from the configuration.
-
-    Attributes:
-        pattern: a regex that must match a whole path (`re.fullmatch`), or
-            `"all-linear"`.
-        rank: rank of the sites it matches; `None` takes the configuration's.
-        alpha: PEFT's `lora_alpha`; `None` takes the configuration's.
-        init: initializer; `None` takes the configuration's.
-        dropout: probability of dropping an input of A; `None` as above.
-        tie: for a weight that is looked up and multiplied: which use is adapted.
-        dora: whether outputs get magnitudes; `None` takes the configuration's.
-        expect: how many sites the pattern must match; `None` accepts any number.
-        batch: axes of the leaf along which A and B get an entry for each index.
-        parts: the parts of the leaf that are adapted, a dict as in `part_rules`;
-            normalized to `PartRule`s. None adapts the whole leaf.
-    """
-
-    pattern: str
-    rank: int | None = None
-    alpha: float | None = None
-    init: str | bool | None = None
-    dropout: float | None = None
-    tie: Tie | None = None
-    dora: bool | None = None
-    expect: int | None = None
-    batch: Any = ()
-    parts: Any = ()
-
-    def __post_init__(self):
-        what = f"targets[{self.pattern!r}]"
-        _check_regex("targets", self.pattern)
-        _check_numbers(self, what)
-        _check_tie(self.tie, f"{what}['tie']")
-        object.__setattr__(self, "batch", leaf_axes(self.batch, f"{what}['batch']"))
-        parts = part_rules(self.parts, f"{what}['parts']")
-        for part in parts:
-            _check_numbers(part, f"{what}['parts'][{part.name!r}]")
-        object.__setattr__(self, "parts", parts)
-
-    def matches(self, path: str) -> bool:
-        """Whether the pattern matches all of `path`."""
-        return _compiled(self.pattern).fullmatch(path) is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,15 +122,15 @@ class LoraConfig:
     dtype: Any = jnp.float32
 
     def __post_init__(self):
-        _check_rank(self.rank, "rank")
-        _check_dropout(self.dropout, "dropout")
-        _check_tie(self.tie, "tie")
+        check_rank(self.rank, "rank")
+        check_dropout(self.dropout, "dropout")
+        check_tie(self.tie, "tie")
         if self.bias not in ("none", "all", "lora_only"):
             raise ConfigError(
                 f"`bias` = {self.bias!r}; one of 'none', 'all', 'lora_only' is meant."
             )
         if self.alpha is not None:
-            _check_alpha(self.alpha, "alpha")
+            check_alpha(self.alpha, "alpha")
         dtype = jnp.dtype(self.dtype)
         if not jnp.issubdtype(dtype, jnp.floating):
             raise ConfigError(
@@ -181,7 +140,7 @@ class LoraConfig:
         # Normalized to hashable values; `object.__setattr__` is how a frozen dataclass
         # sets its own fields.
         object.__setattr__(self, "dtype", dtype)
-        object.__setattr__(self, "targets", _rules(self.targets))
+        object.__setattr__(self, "targets", read_rules(self.targets))
         object.__setattr__(self, "exclude", _patterns("exclude", self.exclude))
         object.__setattr__(self, "whole", _patterns("whole", self.whole))
         object.__setattr__(self, "token_rows", _token_rows(self.token_rows))
@@ -275,57 +234,12 @@ class LoraConfig:
 
 
 # `re` forgets all but its last 512 patterns; a rule for each site may need more.
-_compiled = functools.lru_cache(maxsize=None)(re.compile)
-
-_OVERRIDES = tuple(f.name for f in dataclasses.fields(Rule) if f.name != "pattern")
-
-
-def _rules(targets: Any) -> tuple[Rule, ...] | None:
-    if targets is None:
-        return None
-    if isinstance(targets, str | Rule):
-        targets = [targets]
-    if isinstance(targets, Mapping):
-        rules = tuple(_rule(p, overrides) for p, overrides in targets.items())
-    elif isinstance(targets, Iterable):
-        rules = tuple(t if isinstance(t, Rule) else _rule(t, {}) for t in targets)
-    else:
-        raise ConfigError(
-            f"`targets` = {targets!r} is neither a regex, a list of regexes, a dict "
-            f"from regex to overrides, nor {ALL_LINEAR!r}."
-        )
-    if not rules:
-        raise ConfigError(
-            "`targets` is empty, so nothing would be adapted. Give at least one regex, "
-            "e.g. `targets=r'.*/(q|v)_proj/kernel'`."
-        )
-    return rules
-
-
-def _rule(pattern: Any, overrides: Any) -> Rule:
-    if not isinstance(pattern, str):
-        raise ConfigError(f"`targets` holds {pattern!r}, which is not a regex string.")
-    if not isinstance(overrides, Mapping):
-        raise ConfigError(
-            f"`targets[{pattern!r}]` = {overrides!r} is not a dict of overrides. "
-            f"Write e.g. `targets={{{pattern!r}: {{'rank': 4}}}}`."
-        )
-    for name in overrides:
-        if name not in _OVERRIDES:
-            raise ConfigError(
-                f"`targets[{pattern!r}]` overrides {name!r}, which no rule knows. "
-                f"Closest: {closest(str(name), _OVERRIDES, 1)[0]!r}; all: "
-                f"{', '.join(_OVERRIDES)}."
-            )
-    return Rule(pattern, **overrides)
-
-
 def _patterns(name: str, patterns: Any) -> tuple[str, ...]:
     if patterns is None:
         return ()
     patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
     for pattern in patterns:
-        _check_regex(name, pattern)
+        check_regex(name, pattern)
     return patterns
 
 
@@ -339,7 +253,7 @@ def _token_rows(rows: Any) -> tuple[tuple[str | None, tuple[int, ...]], ...]:
     out = []
     for pattern, ids in tables:
         if pattern is not None:
-            _check_regex("token_rows", pattern)
+            check_regex("token_rows", pattern)
         if isinstance(ids, str) or not isinstance(ids, Iterable):
             ids = [ids]
         ids = tuple(ids)
@@ -375,45 +289,3 @@ def _indices(layers: Any) -> tuple[int, ...] | None:
                 f"`layers` holds {index!r}; layer indices are integers from 0 up."
             )
     return layers
-
-
-def _check_regex(name: str, pattern: Any) -> None:
-    try:
-        re.compile(pattern)
-    except (re.error, TypeError) as error:
-        raise ConfigError(
-            f"`{name}` holds {pattern!r}, which is not a regex: {error}. A path is "
-            r"matched whole, so `.*/q_proj/kernel` finds it at any depth."
-        ) from None
-
-
-def _check_numbers(rule: Rule | PartRule, what: str) -> None:
-    if rule.rank is not None:
-        _check_rank(rule.rank, f"{what}['rank']")
-    if rule.dropout is not None:
-        _check_dropout(rule.dropout, f"{what}['dropout']")
-    if rule.alpha is not None:
-        _check_alpha(rule.alpha, f"{what}['alpha']")
-
-
-def _check_rank(rank: Any, name: str) -> None:
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ConfigError(f"`{name}` = {rank!r}; a rank is an integer from 1 up.")
-
-
-def _check_alpha(alpha: Any, name: str) -> None:
-    number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
-    if not (number and math.isfinite(alpha)):
-        raise ConfigError(f"`{name}` = {alpha!r}; alpha is a finite number.")
-
-
-def _check_dropout(dropout: Any, name: str) -> None:
-    if not isinstance(dropout, int | float) or not 0.0 <= dropout < 1.0:
-        raise ConfigError(f"`{name}` = {dropout!r}; a probability in [0, 1) is meant.")
-
-
-def _check_tie(tie: Any, name: str) -> None:
-    if tie not in (None, "shared", "lookup", "head"):
-        raise ConfigError(
-            f"`{name}` = {tie!r}; one of 'shared', 'lookup', 'head' is meant."
-        )

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from .._errors import CheckpointError
+from ._file_site import FileSite
 from ._files import open_adapter
-from ._record import FileSite
 
 # What tokenizers of Transformers are made of.
 _TOKENIZER = (

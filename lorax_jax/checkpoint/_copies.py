@@ -6,8 +6,8 @@ from .. import _peft
 from .._errors import CheckpointError, closest, shorten
 from .._names import NameMap
 from ..planning import Site, Slot
+from ._file_site import FileSite
 from ._kernels import is_turned
-from ._record import FileSite
 from ._sites import module_of, part_of
 
 _WEIGHT = ".weight"

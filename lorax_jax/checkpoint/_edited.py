@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from .. import _peft
 from .._names import NameMap
 from ._copies import adapted_modules
+from ._file_site import FileSite
 from ._files import CONFIG, AdapterFiles
-from ._record import FileSite
 from ._resolve import Tree
 
 _NUMBER = re.compile(r"(?<![^./])(?:0|[1-9][0-9]*)(?![^./])")

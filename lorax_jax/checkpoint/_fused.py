@@ -21,7 +21,7 @@ from .._errors import CheckpointError
 from ..planning import Slot
 from ..structure import RANK, Factor
 from ._arrays import Tensors
-from ._record import FileSite
+from ._file_site import FileSite
 
 if TYPE_CHECKING:
     from ._placed import Placed

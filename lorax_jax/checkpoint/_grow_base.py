@@ -8,13 +8,13 @@ from .._errors import CheckpointError
 from .._growth import Growth, Table
 from .._names import NameMap
 from ._base_folder import BaseFolder
+from ._file_growth import FileGrowth, FileTensor
 from ._files import AdapterFiles, open_adapter
 from ._grown import file_tensors, peft_growth
 from ._grown_tensor import GrownTensor
 from ._kernels import is_turned, shape_turned_back
 from ._onto_base import TOKEN_TABLES, existing, own_names
 from ._piece import HEAD
-from ._record import FileGrowth, FileTensor
 
 
 def grow_base(

@@ -9,10 +9,10 @@ from .._errors import CheckpointError
 from .._growth import Growth, Table
 from .._names import NameMap
 from ..planning import Plan
+from ._file_growth import FileGrowth, FileTensor
 from ._files import AdapterFiles, open_adapter
 from ._kernels import is_turned
 from ._placed import Placed
-from ._record import FileGrowth, FileTensor
 from ._resolve import Tree
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from .._errors import CheckpointError
 from .._names import Layout
 from ._arrays import Tensors
-from ._record import Part
+from ._file_site import Part
 
 Order = tuple[int, ...]
 Shape = tuple[int, ...]

@@ -1,7 +1,7 @@
 """How a checkpoint's tensor lies, by the roles of our axes."""
 
 from .._names import Layout
-from ._record import Part
+from ._file_site import Part
 
 
 def tensor_layout(layout: Layout, part: Part) -> Layout | None:

@@ -16,6 +16,7 @@ from ..replication import layers_of
 from . import _kernels, _packed
 from ._arrays import Tensors, shapes
 from ._edited import edited
+from ._file_site import FileSite
 from ._files import TENSORS, AdapterFiles
 from ._fingerprint import differ, fingerprints
 from ._fused import taken
@@ -25,7 +26,6 @@ from ._peft_sites import mirrored, peft_sites
 from ._placed import Placed, placed_sites
 from ._plan_of import adapter_of, plan_of
 from ._receipt import Receipt, lines
-from ._record import FileSite
 from ._resolve import Tree, by_slot, place_by_path, place_by_plan
 from ._safetensors import FLOATS
 from ._sites import part_of

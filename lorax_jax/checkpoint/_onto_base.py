@@ -15,13 +15,13 @@ from .._names import Entry, Layout, NameMap
 from ..adapters import Adapter
 from ._base_folder import BaseFolder
 from ._copies import tensor_name
+from ._file_site import FileSite, Part
 from ._files import AdapterFiles
 from ._fused import whole_modules
 from ._kernels import is_turned, order_in, turned_back
 from ._keys import parse, prefix_of
 from ._loading import Loading
 from ._piece import HEAD
-from ._record import FileSite, Part
 
 # Architectures whose layers are `Conv1D`, which stores kernels as we do. Only square
 # ones need the name: the shape tells the others.

@@ -24,8 +24,8 @@ import numpy as np
 from .._errors import CheckpointError
 from .._names import NameMap
 from ._arrays import Tensors
+from ._file_site import BASE_LAYER, Part
 from ._layouts import tensor_layout
-from ._record import BASE_LAYER, Part
 
 Shape = tuple[int, ...]
 

@@ -7,10 +7,10 @@ from .. import _peft
 from .._errors import CheckpointError, shorten
 from .._names import NameMap
 from ._copies import tensor_name
+from ._file_site import FileSite, Part
 from ._files import AdapterFiles
 from ._kernels import is_turned, shape_turned_back
 from ._keys import ROWS
-from ._record import FileSite, Part
 from ._resolve import Tree
 
 

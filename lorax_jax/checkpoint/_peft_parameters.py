@@ -7,9 +7,9 @@ from .. import _peft
 from .._errors import CheckpointError
 from .._names import NameMap
 from ..planning import Plan
+from ._file_site import BASE_LAYER, FileSite, Part
 from ._files import AdapterFiles
 from ._packed import is_mirrored, keys_of, part_read
-from ._record import BASE_LAYER, FileSite, Part
 from ._resolve import Tree
 from ._sites import part_of
 

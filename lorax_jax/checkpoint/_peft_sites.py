@@ -10,12 +10,12 @@ from .._errors import CheckpointError
 from .._names import NameMap
 from ..planning import Plan
 from ..structure import Use
+from ._file_site import FileSite
 from ._files import TENSORS, AdapterFiles
 from ._kernels import check_groups, order_in
 from ._keys import keys, parse, prefix_of
 from ._peft_copies import peft_copies
 from ._peft_parameters import packed_sites
-from ._record import FileSite
 from ._resolve import Tree
 from ._safetensors import Reader
 from ._sites import is_shared

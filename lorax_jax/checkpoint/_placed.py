@@ -6,9 +6,9 @@ from typing import NamedTuple
 from .._names import NameMap
 from ..planning import Plan, Slot
 from ._copies import adapted_modules, copy_site
+from ._file_site import FileSite
 from ._fused import with_ranks
 from ._packed import keys_of
-from ._record import FileSite
 from ._sites import factor_site
 
 

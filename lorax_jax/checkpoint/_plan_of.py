@@ -11,15 +11,16 @@ import jax
 import jax.numpy as jnp
 
 from .. import _paths
-from .._config import LoraConfig, Rule
+from .._config import LoraConfig
 from .._errors import CheckpointError
 from .._parts import PartRule, Where
 from .._ranges import Ranges
+from .._rule import Rule
 from ..adapters import Adapter, Fixed, base_norm, stored
 from ..planning import Plan, Site, Slot, parameters
 from ._arrays import Tensors, join
+from ._file_site import FileSite
 from ._placed import Placed
-from ._record import FileSite
 from ._resolve import Tree
 
 

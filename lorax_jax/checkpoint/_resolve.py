@@ -10,9 +10,9 @@ from .. import _paths
 from .._errors import CheckpointError
 from ..adapters import Role, is_weight
 from ..planning import Plan, Slot
+from ._file_site import FileSite, Part
 from ._kernels import part_in
 from ._placed import Placed
-from ._record import FileSite, Part
 
 # Stacks within stacks, and numbers in a path. Which of the numbers are layers is tried
 # out, so a file may not have endless ones.

@@ -21,6 +21,7 @@ from ._arrays import Tensors, host, split
 from ._atomic import check_space, replacing
 from ._beside import write_card, write_tokenizer
 from ._copies import modules_to_save
+from ._file_site import FileSite
 from ._files import CONFIG, OURS, TENSORS
 from ._fingerprint import fingerprints
 from ._fused import fused, module_alpha
@@ -29,7 +30,7 @@ from ._kernels import to_theirs, turned
 from ._keys import PREFIX
 from ._layouts import tensor_layout
 from ._placed import Placed, placed_sites
-from ._record import FileSite, Record
+from ._record import Record
 from ._resolve import is_index
 from ._safetensors import Writer, code_of
 

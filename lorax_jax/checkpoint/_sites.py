@@ -5,9 +5,9 @@ import math
 from .._errors import CheckpointError, closest, shorten
 from .._names import NameMap
 from ..planning import Plan, Site, Slot
+from ._file_site import FileSite, Part
 from ._kernels import order_of
 from ._packed import is_mirrored
-from ._record import FileSite, Part
 
 
 def is_shared(plan: Plan, site: Site) -> bool:

@@ -8,11 +8,13 @@ from typing import Any
 import jax.numpy as jnp
 
 from .. import _paths
-from .._config import LoraConfig, Rule
+from .._config import LoraConfig
 from .._errors import PlanError, closest, listing
+from .._rule import Rule
 from ..adapters import Role, not_floating
 from ..transform import Leaf
-from ._select import Candidate, matches, stacks_of
+from ._candidates import Candidate, matches
+from ._find_role import stacks_of
 from ._sites import Site, Slot, part_indices
 from ._token_axis import token_axis
 

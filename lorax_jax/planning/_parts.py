@@ -4,9 +4,9 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 
-from .._config import Rule
 from .._errors import PlanError
 from .._parts import PartRule, Where
+from .._rule import Rule
 from ..adapters import Role, takes_inputs
 from ..structure import Part, Run
 from ..transform import Leaf

@@ -16,7 +16,7 @@ LEVELS = [
     {"errors"},
     {"_paths", "_json", "_ranges"},
     {"structure", "_names", "_parts", "_growth"},
-    {"_peft"},
+    {"_peft", "_rule"},
     {"_config", "quant", "models", "_functional"},
     {"adapters", "replication"},
     {"transform"},
