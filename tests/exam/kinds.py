@@ -161,8 +161,7 @@ def _two_rows(key, params, role):
 
 
 # Written over along inputs, where no output's gain may touch what others wrote; groups
-# of unlike sizes in every batch; inputs that are declared to be a batch axis, and summed
-# over.
+# of unlike sizes in every batch; a declared batch axis that is summed over.
 _NO_DORA = ("overwritten", "ragged_batch", "batch_contracted")
 
 
