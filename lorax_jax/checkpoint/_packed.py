@@ -74,9 +74,9 @@ def is_mirrored(tensor: str, path: str, part: Part, names: NameMap) -> bool:
             f"{path!r} of shape {part.shape} has the inputs {part.inputs}, the outputs "
             f"{part.outputs} and the experts {part.batch}, and `names` calls it "
             f"{layout!r}. PEFT packs a parameter (experts, d_out, d_in), or one "
-            "without experts. Experts that all see one input are declared: "
-            "`plan(..., roles={path: {'batch': (0,), ...}})`. Else leave `names` out "
-            "for a file with our paths."
+            "without experts. Experts that all see one input are declared, "
+            f"targets={{{path!r}: {{'batch': 0}}}}. Else leave `names` out for a file "
+            "with our paths."
         )
     return theirs != _reading(tensor, names, experts=bool(part.batch))
 

@@ -123,6 +123,7 @@ def _check_packable(slot: Slot, site: Site) -> None:
             ("drops inputs of A", bool(site.dropout)),
             ("is grouped", slot.role.groups > 1),
             ("is tied", site.use is not None),
+            ("is a part of it", site.role.part is not None),
         )
         if holds
     ]

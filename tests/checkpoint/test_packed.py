@@ -116,11 +116,16 @@ def test_a_changed_record_is_refused(tmp_path):
         ({"dora": True}, "'gate' is a bare parameter .* its adapter is DoRA"),
         ({"dropout": 0.1}, "its adapter drops inputs of A"),
         ({"lora_bias": True}, "its adapter has a bias of B"),
+        (
+            {"targets": {"gate": {"parts": {"first": {1: (0, 2)}}}}},
+            "its adapter is a part of it",
+        ),
     ],
 )
 def test_what_cannot_be_saved(tmp_path, config, message):
+    config = {"targets": "gate|q"} | config
     with pytest.raises(CheckpointError, match=message):
-        saved(tmp_path / "a", planned("gate|q", **config))
+        saved(tmp_path / "a", planned(**config))
     assert not (tmp_path / "a").exists()
 
 
@@ -156,10 +161,11 @@ def test_experts_that_share_their_input_are_declared(tmp_path):
     params, x = {"up": PARAMS["up"]}, jnp.ones((2, D))
     config = lj.LoraConfig("up", rank=2, init=False)
     plan = lj.plan(config, params, shared, (x,))
-    with pytest.raises(CheckpointError, match=r"outputs \(0, 2\).*are declared: `plan"):
+    match = r"outputs \(0, 2\).*are declared, targets=.*batch"
+    with pytest.raises(CheckpointError, match=match):
         saved(tmp_path, plan)
-    role = {"inputs": (1,), "outputs": (2,), "batch": (0,)}
-    plan = lj.plan(config, params, shared, (x,), roles={"up": role})
+    config = lj.LoraConfig({"up": {"batch": 0}}, rank=2, init=False)
+    plan = lj.plan(config, params, shared, (x,))
     adapter = saved(tmp_path, plan)
     merged = shared(lj.merge(params, adapter), x)
     ours = lj.adapt(shared)(lj.bind(params, adapter), x)
