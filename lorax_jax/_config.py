@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import operator
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from ._rule import (
     Tie,
     check_alpha,
     check_dropout,
+    check_flag,
     check_rank,
     check_regex,
     check_tie,
@@ -129,14 +131,11 @@ class LoraConfig:
             raise ConfigError(
                 f"`bias` = {self.bias!r}; one of 'none', 'all', 'lora_only' is meant."
             )
+        for name in ("rslora", "dora", "lora_bias"):
+            check_flag(getattr(self, name), name)
         if self.alpha is not None:
             check_alpha(self.alpha, "alpha")
-        dtype = jnp.dtype(self.dtype)
-        if not jnp.issubdtype(dtype, jnp.floating):
-            raise ConfigError(
-                f"`dtype` = {dtype} cannot hold trainable factors. Give a floating "
-                "dtype, e.g. `dtype=jnp.float32`."
-            )
+        dtype = _dtype(self.dtype)
         # Normalized to hashable values; `object.__setattr__` is how a frozen dataclass
         # sets its own fields.
         object.__setattr__(self, "dtype", dtype)
@@ -234,9 +233,24 @@ class LoraConfig:
 
 
 # `re` forgets all but its last 512 patterns; a rule for each site may need more.
+def _dtype(dtype: Any) -> Any:
+    try:
+        found = None if dtype is None else jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or not jnp.issubdtype(found, jnp.floating):
+        raise ConfigError(
+            f"`dtype` = {dtype} cannot hold trainable factors. Give a floating dtype, "
+            "e.g. `dtype=jnp.float32`."
+        )
+    return found
+
+
 def _patterns(name: str, patterns: Any) -> tuple[str, ...]:
     if patterns is None:
         return ()
+    if not isinstance(patterns, Iterable):
+        patterns = [patterns]  # refused below
     patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
     for pattern in patterns:
         check_regex(name, pattern)
@@ -256,19 +270,24 @@ def _token_rows(rows: Any) -> tuple[tuple[str | None, tuple[int, ...]], ...]:
             check_regex("token_rows", pattern)
         if isinstance(ids, str) or not isinstance(ids, Iterable):
             ids = [ids]
-        ids = tuple(ids)
-        for row in ids:
-            integer = hasattr(row, "__index__") and not isinstance(row, bool)
-            if not integer or int(row) < 0:
-                raise ConfigError(
-                    f"`token_rows` holds {row!r}; numbers of rows are integers from 0 "
-                    "up."
-                )
+        ids = tuple(map(_row, ids))
         if len(set(ids)) < len(ids):
             raise ConfigError(f"`token_rows` names a row twice: {list(ids)!r:.60}.")
         if ids:
-            out.append((pattern, tuple(sorted(map(int, ids)))))
+            out.append((pattern, tuple(sorted(ids))))
     return tuple(out)
+
+
+def _row(row: Any) -> int:
+    try:
+        found = -1 if isinstance(row, bool) else operator.index(row)
+    except TypeError:
+        found = -1
+    if found < 0:
+        raise ConfigError(
+            f"`token_rows` holds {row!r:.60}; numbers of rows are integers from 0 up."
+        )
+    return found
 
 
 def _numbers(rule: Rule | PartRule, usual: Any) -> dict[str, Any]:
@@ -282,7 +301,7 @@ def _numbers(rule: Rule | PartRule, usual: Any) -> dict[str, Any]:
 def _indices(layers: Any) -> tuple[int, ...] | None:
     if layers is None:
         return None
-    layers = (layers,) if isinstance(layers, int) else tuple(layers)
+    layers = tuple(layers) if isinstance(layers, Iterable) else (layers,)
     for index in layers:
         if isinstance(index, bool) or not isinstance(index, int) or index < 0:
             raise ConfigError(

@@ -63,6 +63,8 @@ class Growth:
                 raise GrowthError(f"`{name}` = {value!r:.60}; an integer is meant.")
             if value < least:
                 raise GrowthError(f"`{name}` = {value} must be at least {least}.")
+            if value >= 1 << 31:
+                raise GrowthError(f"`{name}` = {value} must be less than {1 << 31}.")
             object.__setattr__(self, name, int(value))
         if self.init not in INITS:
             raise GrowthError(

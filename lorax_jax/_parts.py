@@ -75,6 +75,11 @@ def part_rules(parts: Any, what: str) -> tuple[PartRule, ...]:
             f"`{what}` = {parts!r:.80} is no dict from names of parts to what they "
             "take. Write e.g. {'q': {1: (0, 64)}, 'v': {1: (128, 192)}}."
         )
+    if not parts:
+        raise ConfigError(
+            f"`{what}` is empty, so no part would be adapted. Name at least one, or "
+            "leave it out to adapt the whole leaf."
+        )
     return tuple(_part(name, part, f"{what}[{name!r}]") for name, part in parts.items())
 
 

@@ -50,6 +50,10 @@ class Rule:
         check_regex("targets", self.pattern)
         check_numbers(self, what)
         check_tie(self.tie, f"{what}['tie']")
+        if self.dora is not None:
+            check_flag(self.dora, f"{what}['dora']")
+        if self.expect is not None:
+            check_count(self.expect, f"{what}['expect']")
         object.__setattr__(self, "batch", leaf_axes(self.batch, f"{what}['batch']"))
         parts = part_rules(self.parts, f"{what}['parts']")
         for part in parts:
@@ -140,6 +144,16 @@ def check_alpha(alpha: Any, name: str) -> None:
 def check_dropout(dropout: Any, name: str) -> None:
     if not isinstance(dropout, int | float) or not 0.0 <= dropout < 1.0:
         raise ConfigError(f"`{name}` = {dropout!r}; a probability in [0, 1) is meant.")
+
+
+def check_flag(flag: Any, name: str) -> None:
+    if not isinstance(flag, bool):
+        raise ConfigError(f"`{name}` = {flag!r:.60}; `True` or `False` is meant.")
+
+
+def check_count(count: Any, name: str) -> None:
+    if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+        raise ConfigError(f"`{name}` = {count!r:.60}; a number of sites is meant.")
 
 
 def check_tie(tie: Any, name: str) -> None:

@@ -4,7 +4,9 @@ from ._errors import AdapterError as AdapterError
 from ._errors import AuditError as AuditError
 from ._errors import CheckpointError as CheckpointError
 from ._errors import ConfigError as ConfigError
+from ._errors import GrowthError as GrowthError
 from ._errors import LoraxError as LoraxError
 from ._errors import PlanError as PlanError
 from ._errors import PlanWarning as PlanWarning
+from ._errors import ReplicationError as ReplicationError
 from ._errors import TransformError as TransformError

@@ -266,7 +266,7 @@ class Ranks:
 
 def _pattern(config: Mapping[str, Any], key: str, what: str) -> dict[str, Any]:
     found = config.get(key) or {}
-    if not isinstance(found, dict):
+    if not isinstance(found, dict) or not _all(found, str):
         raise CheckpointError(
             f"{what} has `{key}` = {found!r:.80}, which is no object."
         )

@@ -45,6 +45,8 @@ def weights(params: Any, adapter: Adapter) -> Weights:
     sites, factors = {}, set()
     for name, fixed in adapter.fixed.items():
         role, shape = fixed.role, shapes[fixed.role.path]
+        if role.kind == "whole":  # its gradient is wanted, and it has no factors
+            continue
         forms = [shape]
         held = [array.shape for array in adapter.train[name].values()]
         if role.part is not None:  # the leaf is given away by more than the part
@@ -56,7 +58,11 @@ def weights(params: Any, adapter: Adapter) -> Weights:
             for batch in (0, len(role.stacked), len(role.batch)):
                 factors.add(key(sizes[batch:]))
     every: dict[tuple[int, ...], str] = {}
+    roles = [fixed.role for fixed in adapter.fixed.values()]
+    whole = {role.path for role in roles if role.kind == "whole"}
     for path, shape in shapes.items():
+        if path in whole:
+            continue
         # Of a weight that nobody adapts, no one says which axis is a stack: the first.
         for form in (shape, shape[1:] if len(shape) > 2 else shape):
             if len(key(form)) > 1:

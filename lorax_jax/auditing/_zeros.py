@@ -29,7 +29,11 @@ def check(step: Step, adapter: Adapter) -> Check:
     }
     _, grads = step.compiled(seed, started, arrays)
     largest = {
-        (name, part): np.asarray(_largest(grad, len(adapter.fixed[name].role.stacked)))
+        (name, part): np.where(
+            _adapted(adapter.fixed[name]),
+            _largest(grad, len(adapter.fixed[name].role.stacked)),
+            np.inf,
+        )
         for name, parts in grads.items()
         for part, grad in parts.items()
     }
@@ -44,6 +48,11 @@ def check(step: Step, adapter: Adapter) -> Check:
         [(what, at or "(never used)") for what, at in findings],
         f"all {len(largest)} factors get a gradient",
     )
+
+
+def _adapted(fixed: Fixed) -> np.ndarray:
+    """Which layers of a stack have an adapter at all."""
+    return np.asarray(fixed["rank"]) > 0 if "rank" in fixed else np.asarray(True)
 
 
 def _started(parts: dict[str, Any], fixed: Fixed) -> dict[str, Any]:

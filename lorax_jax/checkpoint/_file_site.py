@@ -299,7 +299,9 @@ def _view(read: Fields) -> tuple[tuple[tuple[int, int, int, int], ...] | None, .
             raise read.bad("`view`", value)
         for run in runs:
             whole = isinstance(run, list) and [*map(type, run)] == [int] * 4
-            if not whole or not 0 <= run[1] < run[2] < 1 << 48 or run[3] < 1:
+            if not whole or not 0 <= run[1] < run[2] <= run[0] < 1 << 48:
+                raise read.bad("`view`", value)
+            if not 1 <= run[3] <= run[0]:
                 raise read.bad("`view`", value)
         if axis is not None and not runs:
             raise read.bad("`view`", value)

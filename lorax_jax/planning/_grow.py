@@ -6,7 +6,7 @@ from typing import Any
 from .. import _paths
 from .._errors import GrowthError
 from .._growth import Growth, enlarge, growth_of
-from ..adapters import is_weight
+from ..adapters import Adapted, is_weight
 from ..transform import read
 from ._token_axis import token_axis
 
@@ -70,7 +70,7 @@ def grow(
         >>> growth.token_rows
         {'embed': (6, 7), 'head': (6, 7)}
     """
-    bound = [path for path, leaf in _flat(params) if is_weight(leaf)]
+    bound = [path for path, leaf in _flat(params) if isinstance(leaf, Adapted)]
     if bound:
         raise GrowthError(
             f"{bound[0]!r} is adapted: the tree comes from `bind`. Grow the parameters "
@@ -85,11 +85,24 @@ def grow(
         return enlarge(params, tables), tables
     if to is None:
         raise GrowthError("`to` is missing: how many tokens shall there be?")
-    tables = [tables] if isinstance(tables, str) else tables
-    asked = dict(tables) if isinstance(tables, Mapping) else dict.fromkeys(tables)
+    asked = _asked(tables)
     axes = _axes(asked, params, fn, args, kwargs or {})
     growth = growth_of(params, axes, to=to, multiple=multiple, init=init, seed=seed)
     return enlarge(params, growth), growth
+
+
+def _asked(tables: Any) -> dict[str, int | None]:
+    tables = [tables] if isinstance(tables, str) else tables
+    listed = tables if isinstance(tables, Iterable) else [tables]
+    asked = dict(tables) if isinstance(tables, Mapping) else dict.fromkeys(listed)
+    for path, axis in asked.items():
+        fine = axis is None or (isinstance(axis, int) and not isinstance(axis, bool))
+        if not isinstance(path, str) or not fine:
+            raise GrowthError(
+                f"`tables` has {path!r:.60}: {axis!r:.60}; paths of leaves are meant, "
+                "or a dict from paths to axes, as in {'embed': 0, 'head': 1}."
+            )
+    return asked
 
 
 def _axes(

@@ -191,6 +191,10 @@ class Selection:
         for wrong, what in (
             (role.lookup, "is looked up"),
             (role.kind == "dora", "is DoRA"),
+            (
+                len(role.batch) > role.stack,
+                "has factors for each expert or batch entry",
+            ),
         ):
             if wrong:
                 raise PlanError(

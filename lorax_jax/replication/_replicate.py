@@ -63,6 +63,11 @@ def replicate(
         (3, 3, 3)
     """
     ranges = checked_ranges(ranges, _WHAT)
+    if not isinstance(layers, str) or not hasattr(axis, "__index__"):
+        raise ReplicationError(
+            f"`layers` = {layers!r:.60} and `axis` = {axis!r:.60}; the path of the "
+            "layers and an integer are meant, as in layers='model/layers', axis=0."
+        )
     above, _, last = layers.rpartition("/")
     before, numbered, after = last.partition("{i}")
 

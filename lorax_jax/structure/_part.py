@@ -50,16 +50,41 @@ class Run:
     def lay(self, array: jax.Array, axis: int) -> jax.Array:
         """`array`, which has these entries, with zeros for all others.
 
-        A pad with holes, whose transpose is a slice: gradients need no scatter.
+        Pads, whose transposes are slices: gradients need no scatter.
         """
-        last = self.start + (self.count - 1) * self.step
-        config = [(0, 0, 0)] * array.ndim
-        config[axis] = (self.start, self.size - 1 - last, self.step - 1)
-        return lax.pad(array, jnp.zeros((), array.dtype), config)
+        if self.step > 1:
+            # Each entry with the zeros behind it, as an axis of its own: a pad with
+            # holes gives wrong values where XLA divides it over devices (JAX 0.10
+            # to 0.12).
+            array = _padded(
+                jnp.expand_dims(array, axis + 1), axis + 1, 0, self.step - 1
+            )
+            array = jax.lax.collapse(array, axis, axis + 2)
+            array = lax.slice_in_dim(
+                array, 0, min(self._span, self.size - self.start), axis=axis
+            )
+        after = self.size - self.start - array.shape[axis]
+        return _padded(array, axis, self.start, after)
 
     def take(self, array: jax.Array, axis: int) -> jax.Array:
         """Undoes `lay`."""
-        return lax.slice_in_dim(array, self.start, self.stop, self.step, axis)
+        if self.step == 1:
+            return lax.slice_in_dim(array, self.start, self.stop, axis=axis)
+        end = self.start + self._span
+        array = _padded(array, axis, 0, max(end - self.size, 0))
+        array = lax.slice_in_dim(array, self.start, end, axis=axis)
+        sizes = *array.shape[:axis], self.count, self.step, *array.shape[axis + 1 :]
+        return lax.index_in_dim(array.reshape(sizes), 0, axis + 1, keepdims=False)
+
+    @property
+    def _span(self) -> int:
+        return self.count * self.step
+
+
+def _padded(array: jax.Array, axis: int, before: int, after: int) -> jax.Array:
+    config = [(0, 0, 0)] * array.ndim
+    config[axis] = (before, after, 0)
+    return lax.pad(array, jnp.zeros((), array.dtype), config)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -457,6 +457,22 @@ def test_one_stopped_layer_is_found():
     assert "the gradient of b of 'layers', layer 1 of 3, is zero" in found.detail
 
 
+def test_layers_that_are_left_out_have_no_gradient():
+    fn = model_scanned()
+    params, _, x = build(fn)
+    config = lj.LoraConfig("2/layers", rank=3)
+    adapter = lj.init(lj.plan(config, params, fn, (x,)), params, key=jax.random.key(0))
+    assert lj.audit(fn, params, adapter, x).ok
+
+
+def test_the_gradient_of_a_leaf_that_is_trained_whole_is_wanted():
+    fn = model_scanned()
+    params, _, x = build(fn)
+    config = lj.LoraConfig("layers", rank=3, whole="head")
+    adapter = lj.init(lj.plan(config, params, fn, (x,)), params, key=jax.random.key(0))
+    assert lj.audit(fn, params, adapter, x).ok
+
+
 def test_a_weight_that_is_not_used_is_found():
     params, adapter, x = build(model_scanned())
 

@@ -5,9 +5,12 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from helpers import primitives
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from lorax_jax.structure import RANK, Factor, Part, Run
 
@@ -130,3 +133,29 @@ def test_the_transpose_is_a_slice():
     jaxpr = jax.make_jaxpr(jax.grad(total))(factor.array)
     assert "scatter" not in " ".join(primitives(jaxpr))
     np.testing.assert_array_equal(jax.grad(total)(factor.array), 2 * factor.array)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [Run(48, 3, 48, 9), Run(48, 0, 48, 8), Run(8, 1, 8, 3), Run(16, 2, 13, 2)],
+    ids=str,
+)
+@pytest.mark.parametrize("devices", [2, 4])
+def test_runs_over_devices(run, devices):
+    """XLA divides a pad with holes wrongly: laid and taken values must not show it."""
+    mesh = jax.make_mesh((devices,), ("d",), axis_types=(AxisType.Auto,))
+    sharded = NamedSharding(mesh, P(None, "d"))
+    whole = np.arange(1.0, 2 * run.size + 1, dtype=np.float32).reshape(2, run.size)
+    taken = whole[:, run.start : run.stop : run.step]
+    laid = np.zeros_like(whole)
+    laid[:, run.start : run.stop : run.step] = taken
+
+    def on_mesh(fn, x, out=None):
+        return np.asarray(jax.jit(fn, out_shardings=out)(x))
+
+    across = jax.device_put(whole, sharded)
+    np.testing.assert_array_equal(on_mesh(lambda x: run.take(x, 1), across), taken)
+    lay = lambda x: run.lay(x, 1)  # noqa: E731
+    np.testing.assert_array_equal(on_mesh(lay, taken, sharded), laid)
+    back = on_mesh(lambda x: jax.linear_transpose(lay, taken)(x)[0], across)
+    np.testing.assert_array_equal(back, taken)

@@ -84,7 +84,7 @@ def test_a_second_step_compiles_nothing(model, params, adapter, rows):
     step = train.make_step(model, tx)
     for _ in range(3):
         state, _ = step(state, adapter.fixed, params, batch_of(rows))
-    assert step._cache_size() == 1
+    assert step._cache_size() <= 1  # 0 if JAX has forgotten it meanwhile
     assert int(state.step) == 3
 
 
@@ -154,4 +154,4 @@ def test_score_at_weight_0_is_the_base(model, params, adapter_with, rows):
         nats, tokens = score(np.float32(weight), adapter, params, part)
         np.testing.assert_allclose(nats, loss(tree), rtol=1e-5)
         assert tokens == 32
-    assert score._cache_size() == 1
+    assert score._cache_size() <= 1  # 0 if JAX has forgotten it meanwhile
