@@ -112,6 +112,7 @@ def _rule(pattern: Any, overrides: Any) -> Rule:
 
 
 def check_regex(name: str, pattern: Any) -> None:
+    """Raises unless `pattern` is a regex."""
     try:
         re.compile(pattern)
     except (re.error, TypeError) as error:
@@ -122,6 +123,7 @@ def check_regex(name: str, pattern: Any) -> None:
 
 
 def check_numbers(rule: Rule | PartRule, what: str) -> None:
+    """Raises unless what a rule or a part says of itself are values of its fields."""
     if rule.rank is not None:
         check_rank(rule.rank, f"{what}['rank']")
     if rule.dropout is not None:
@@ -131,32 +133,38 @@ def check_numbers(rule: Rule | PartRule, what: str) -> None:
 
 
 def check_rank(rank: Any, name: str) -> None:
+    """Raises unless `rank` is an integer from 1 up."""
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ConfigError(f"`{name}` = {rank!r}; a rank is an integer from 1 up.")
 
 
 def check_alpha(alpha: Any, name: str) -> None:
+    """Raises unless `alpha` is a finite number."""
     number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
     if not (number and math.isfinite(alpha)):
         raise ConfigError(f"`{name}` = {alpha!r}; alpha is a finite number.")
 
 
 def check_dropout(dropout: Any, name: str) -> None:
+    """Raises unless `dropout` is a probability below 1."""
     if not isinstance(dropout, int | float) or not 0.0 <= dropout < 1.0:
         raise ConfigError(f"`{name}` = {dropout!r}; a probability in [0, 1) is meant.")
 
 
 def check_flag(flag: Any, name: str) -> None:
+    """Raises unless `flag` is true or false."""
     if not isinstance(flag, bool):
         raise ConfigError(f"`{name}` = {flag!r:.60}; `True` or `False` is meant.")
 
 
 def check_count(count: Any, name: str) -> None:
+    """Raises unless `count` is an integer from 0 up."""
     if isinstance(count, bool) or not isinstance(count, int) or count < 0:
         raise ConfigError(f"`{name}` = {count!r:.60}; a number of sites is meant.")
 
 
 def check_tie(tie: Any, name: str) -> None:
+    """Raises unless `tie` names uses of a tied weight."""
     if tie not in (None, "shared", "lookup", "head"):
         raise ConfigError(
             f"`{name}` = {tie!r}; one of 'shared', 'lookup', 'head' is meant."
