@@ -201,7 +201,7 @@ def plan(
 def _check_init(config: LoraConfig) -> None:
     said = [one for rule in config.rules or () for one in (rule, *rule.parts)]
     for init in (config.init, *(one.init for one in said if one.init is not None)):
-        if not isinstance(init, str | bool) or init not in initializers.names():
+        if init not in initializers.names():
             known = [repr(name) for name in initializers.names()]
             raise PlanError(
                 f"`init` = {init!r} is no initializer. Known: {', '.join(known)}."
