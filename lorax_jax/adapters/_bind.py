@@ -132,7 +132,19 @@ def check_parts(train: Mapping[str, Any], fixed: Fixed) -> None:
             f"{', '.join(KINDS)}."
         )
     kind = KINDS[role.kind]
-    missing = [n for n in kind.train if n not in train]
+    frozen = [n for n in kind.freezable if n in fixed]
+    twice = [n for n in frozen if n in train]
+    if twice or not train:
+        raise AdapterError(
+            f"The adapter of {role.name!r} "
+            + (
+                f"holds {twice} twice, trained and fixed. "
+                if twice
+                else "trains nothing. "
+            )
+            + "`train` and `fixed` must come from one `init` or `load_adapter`, whole."
+        )
+    missing = [n for n in kind.train if n not in train and n not in frozen]
     missing += [n for n in kind.fixed if n not in fixed]
     if missing:
         raise AdapterError(

@@ -25,7 +25,7 @@ from ..structure import (
 from ._adapted import Adapted, is_weight
 from ._base import Inner, Term
 from ._kind import Site, kind
-from ._lora import LowRank, low_rank
+from ._lora import LowRank, factors, low_rank
 from ._memory import on_device
 from ._role import Role
 from ._shapes import laid_out_like
@@ -115,7 +115,8 @@ def _times(x: jax.Array, gain: jax.Array) -> jax.Array:
     "dora",
     train=("a", "b", "magnitude"),
     fixed=("scale", "rank", "norm"),
-    optional=("dropout",),
+    optional=("dropout", "a0", "b0"),
+    freezable=("a", "b"),
 )
 def bind_dora(site: Site):
     """`m (W + s A B) / ||W + s A B||`."""
@@ -134,10 +135,10 @@ def bind_dora(site: Site):
     low = low_rank(site)
     weight = base.base if isinstance(base, Adapted) else base
     # No gradient reaches the norm, so nothing is kept for it.
-    factors = low.a.array, low.b.array
+    both = low.a.array, low.b.array
     if role.part is not None:
-        factors = site.train["a"], site.train["b"]
-    a, b, scale = jax.tree.map(lax.stop_gradient, (*factors, site.fixed["scale"]))
+        both = factors(site)
+    a, b, scale = jax.tree.map(lax.stop_gradient, (*both, site.fixed["scale"]))
     norm = column_norm(weight, a, b, scale, site.fixed["norm"], role)
     # A column of zeros has no direction, and stays zero whatever the gain. Layers of a
     # stack that are not adapted have magnitudes too, which mean nothing.

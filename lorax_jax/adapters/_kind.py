@@ -33,6 +33,10 @@ class Site:
         """Roles of the weight's axes."""
         return self.fixed.role
 
+    def held(self, name: str) -> Any:
+        """An array that is trained, or that its kind of adapter lets be kept fixed."""
+        return self.train[name] if name in self.train else self.fixed[name]
+
     def with_term(self, term: Term) -> Adapted:
         """The weight with one more term, which acts after those before it."""
         base = self.base
@@ -58,6 +62,7 @@ class Kind:
         train: names of the arrays that it trains.
         fixed: names of those that it keeps fixed.
         optional: names of either that it may have beside them.
+        freezable: which of those that it trains may be kept fixed instead.
         bind: `bind(site)` gives what stands in the parameter tree.
     """
 
@@ -65,6 +70,7 @@ class Kind:
     train: tuple[str, ...]
     fixed: tuple[str, ...]
     optional: tuple[str, ...]
+    freezable: tuple[str, ...]
     bind: Callable[[Site], Any]
 
 
@@ -77,11 +83,12 @@ def kind(
     train: tuple[str, ...],
     fixed: tuple[str, ...] = (),
     optional: tuple[str, ...] = (),
+    freezable: tuple[str, ...] = (),
 ):
     """Registers `fn(site) -> leaf` for a kind of adapter."""
 
     def register(fn):
-        KINDS[name] = Kind(name, train, fixed, optional, fn)
+        KINDS[name] = Kind(name, train, fixed, optional, freezable, fn)
         return fn
 
     return register

@@ -154,18 +154,55 @@ class LowRank(Term):
     "lora",
     train=("a", "b"),
     fixed=("scale", "rank"),
-    optional=("bias", "dropout"),
+    optional=("bias", "dropout", "a0", "b0"),
+    freezable=("a", "b"),
 )
 def bind_lora(site: Site):
-    """`W + s A B`."""
+    """`W + s A B`, or `W + s (A B - A0 B0)` where the site keeps starting factors."""
     return site.with_term(low_rank(site))
 
 
-def low_rank(site: Site) -> LowRank:
-    """The low-rank term of a site's `a`, `b` and `scale`."""
+def factors(site: Site) -> tuple[jax.Array, jax.Array]:
+    r"""The two factors of what a site adds to its weight.
+
+    Of a site that started from factors of the weight, they are of twice the rank:
+
+    $$A B - A_0 B_0 = A_0 (B - B_0) + (A - A_0) B
+      = [A_0,\; A - A_0] \begin{bmatrix} B - B_0 \\ B \end{bmatrix}.$$
+
+    The differences are taken in the dtype that the factors are stored in. Until the
+    factors move both halves are exactly zero, and in bfloat16 the small change of a
+    large product survives: `A B` and `A0 B0`, rounded apart, would cancel.
+
+    Returns:
+        Shapes `(*batch, *in, rank)` and `(*batch, rank, *out)`.
+
+    Raises:
+        AdapterError: if the factors do not fit the weight or one another.
+    """
     role, fixed = site.role, site.fixed
-    a, b = site.train["a"], site.train["b"]
+    a, b = site.held("a"), site.held("b")
     check_factors(site.base, a, b, role)
+    if "a0" not in fixed and "b0" not in fixed:
+        return a, b
+    a0, b0 = fixed.get("a0"), fixed.get("b0")
+    if jnp.shape(a0) != jnp.shape(a) or jnp.shape(b0) != jnp.shape(b):
+        raise AdapterError(
+            f"The starting factors of {role.name!r} have the shapes {jnp.shape(a0)} "
+            f"and {jnp.shape(b0)}, those that moved from them {jnp.shape(a)} and "
+            f"{jnp.shape(b)}. `train` and `fixed` must come from one `init` or "
+            "`load_adapter`, whole."
+        )
+    return (
+        jnp.concatenate([a0, a - a0], axis=-1),
+        jnp.concatenate([b - b0, b], axis=len(role.batch)),
+    )
+
+
+def low_rank(site: Site) -> LowRank:
+    """The low-rank term of a site's factors and `scale`."""
+    role, fixed = site.role, site.fixed
+    a, b = factors(site)
     if jnp.shape(site.weight) not in ((), jnp.shape(fixed["scale"])):
         raise AdapterError(
             f"A multiplier in `weights` has the shape {jnp.shape(site.weight)}; for "
