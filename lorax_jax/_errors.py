@@ -36,6 +36,10 @@ class TransformError(LoraxError, TypeError):
     """A function uses an adapted weight in a way that has no factored form."""
 
 
+class StatisticsError(LoraxError, ValueError):
+    """Statistics are of other weights, or are not fit to start an adapter from."""
+
+
 class AuditError(LoraxError, AssertionError):
     """A train step fails a check of `audit`, or cannot be audited."""
 

@@ -9,4 +9,5 @@ from ._errors import LoraxError as LoraxError
 from ._errors import PlanError as PlanError
 from ._errors import PlanWarning as PlanWarning
 from ._errors import ReplicationError as ReplicationError
+from ._errors import StatisticsError as StatisticsError
 from ._errors import TransformError as TransformError

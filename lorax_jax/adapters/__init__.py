@@ -12,6 +12,8 @@ from ._dora import base_norm as base_norm
 from ._dora import column_norm as column_norm
 from ._dora import takes_inputs as takes_inputs
 from ._join import join as join
+from ._join import joins as joins
+from ._join import together as together
 from ._kind import KINDS as KINDS
 from ._lora import LowRank as LowRank
 from ._memory import on_device as on_device

@@ -9,5 +9,11 @@ from ._flow import NONE as NONE
 from ._flow import Flow as Flow
 from ._flow import Marks as Marks
 from ._flow import Visit as Visit
+from ._notes import Note as Note
+from ._notes import meeting as meeting
+from ._notes import take as take
+from ._observe import observe as observe
+from ._options import Options as Options
+from ._options import allowed as allowed
 from ._roles import Reading as Reading
 from ._roles import read as read
