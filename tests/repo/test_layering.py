@@ -15,7 +15,7 @@ LEVELS = [
     {"_errors"},
     {"errors"},
     {"_paths", "_json", "_ranges"},
-    {"structure", "_names", "_parts", "_growth"},
+    {"structure", "statistics", "_names", "_parts", "_growth"},
     {"_peft", "_rule"},
     {"_config", "quant", "models", "_functional"},
     {"adapters", "replication"},
