@@ -9,5 +9,11 @@ from ._flow import NONE as NONE
 from ._flow import Flow as Flow
 from ._flow import Marks as Marks
 from ._flow import Visit as Visit
+from ._follow import Followed as Followed
+from ._follow import follow as follow
+from ._lay_out import lay_out as lay_out
 from ._roles import Reading as Reading
 from ._roles import read as read
+from ._stretches import Axes as Axes
+from ._stretches import Lost as Lost
+from ._stretches import Stretch as Stretch
