@@ -40,6 +40,10 @@ class StatisticsError(LoraxError, ValueError):
     """Statistics are of other weights, or are not fit to start an adapter from."""
 
 
+class FollowError(LoraxError, ValueError):
+    """Nothing says in which order the tokens of an array stand."""
+
+
 class AuditError(LoraxError, AssertionError):
     """A train step fails a check of `audit`, or cannot be audited."""
 

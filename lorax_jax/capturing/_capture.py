@@ -1,6 +1,7 @@
 """`capture`: statistics of each adapted weight's inputs."""
 
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -15,7 +16,7 @@ from ..adapters import Adapted, Origin, is_weight
 from ..planning import Plan, Slot
 from ..statistics import Statistic
 from ..structure import Factor
-from ..transform import Note, Options, allowed, observe
+from ..transform import Note, Options, allowed, follow, is_dynamic, observe
 from ._run import run
 from ._stats import Stats, mapped
 from ._tap import APART, NONE, About, Tap
@@ -26,6 +27,7 @@ def capture(
     plan: Plan,
     *,
     stat: Statistic,
+    tokens: int | str = 0,
     materialize: str | Iterable[str] = "error",
 ) -> "Capture":
     r"""Makes a function that gathers a statistic of what reaches each adapted weight.
@@ -54,6 +56,8 @@ def capture(
             derivatives of their own are gone into.
         plan: which weights.
         stat: what to gather; see `lorax_jax.statistics`.
+        tokens: which of the model's other arguments has the axes of a mask: its
+            position, or its name if it is given by name.
         materialize: as in `adapt`; nothing can be gathered where a dense weight is.
 
     Returns:
@@ -77,7 +81,7 @@ def capture(
             "No weight of the plan has inputs that a statistic could be taken of: they "
             "are looked up by number, or trained whole."
         )
-    return Capture(fn, slots, stat, allowed(materialize, "primal"))
+    return Capture(fn, slots, stat, tokens, allowed(materialize, "primal"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,12 +92,14 @@ class Capture:
         fn: the model.
         slots: the leaves whose inputs are taken.
         statistic: what is gathered.
+        tokens: the argument whose axes a mask has.
         options: what is allowed where there is no factored form.
     """
 
     fn: Callable[..., Any]
     slots: tuple[Slot, ...]
     statistic: Statistic
+    tokens: int | str
     options: Options
 
     def init(self) -> Stats:
@@ -124,8 +130,9 @@ class Capture:
             stats: of the batches before; see `init`.
             params: the parameters; never changed.
             args: the model's other arguments.
-            mask: which tokens count: an array with the leading axes of the model's
-                first argument, `(batch, sequence)` for one. `None` counts all.
+            mask: which tokens count, and how much: an array with the leading axes of
+                the argument `tokens`, `(batch, sequence)` for one. Where each token is
+                in a layer's inputs is followed through the model. `None` counts all.
             kwargs: the model's keyword arguments.
 
         Returns:
@@ -139,7 +146,11 @@ class Capture:
         leaves = dict(_paths.flatten(params, is_leaf=is_weight)[0])
         self._check(leaves)
         bound = self._tapped(stats, params, leaves, mask)
-        notes = observe(self.fn, (bound, *args), kwargs, self.options)
+        prepare = None
+        if mask is not None:
+            inputs = self._followed_from(bound, args, kwargs, jnp.shape(mask))
+            prepare = functools.partial(_follow_tokens, inputs, jnp.ndim(mask))
+        notes = observe(self.fn, (bound, *args), kwargs, self.options, prepare)
         sums = self._sums(notes)
         states = {
             slot.name: self._updated(slot, stats[slot.name], sums[slot.name])
@@ -213,6 +224,33 @@ class Capture:
                 flat[i] = path, Adapted(base, (*terms, *taps[path]), Origin(path))
         return jax.tree.unflatten(tree, [leaf for _, leaf in flat])
 
+    def _followed_from(
+        self, bound: Any, args: Any, kwargs: Any, shape: tuple[int, ...]
+    ) -> list[int]:
+        """Which inputs of the model's jaxpr have the axes of a mask of this shape."""
+        named = isinstance(self.tokens, str)
+        chosen = kwargs.get(self.tokens) if named else None
+        if not named and self.tokens < len(args):
+            chosen = args[self.tokens]
+        elif not named and not args and len(kwargs) == 1:
+            (chosen,) = kwargs.values()
+        wanted = {id(leaf) for leaf in jax.tree.leaves(chosen)}
+        leaves = jax.tree.leaves(((bound, *args), kwargs), is_leaf=is_weight)
+        moving = [leaf for leaf in leaves if is_dynamic(leaf)]
+        found = [
+            i
+            for i, leaf in enumerate(moving)
+            if id(leaf) in wanted and jnp.shape(leaf)[: len(shape)] == shape
+        ]
+        if not found:
+            shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(chosen)]
+            raise StatisticsError(
+                f"`mask` has the shape {shape}, and no array of the argument "
+                f"{self.tokens!r} begins with these axes: {shapes or 'there is none'}. "
+                "Say which argument holds the tokens: `capture(..., tokens=)`."
+            )
+        return found
+
     def _sums(self, notes: list[Note]) -> dict[str, list[Any]]:
         """The sums of each slot: the matrices of each note, added up."""
         found: dict[str, list[Any]] = {slot.name: [] for slot in self.slots}
@@ -244,6 +282,24 @@ class Capture:
         lead = (*slot.layers, *slot.apart)
         total = jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), total)
         return mapped(self.statistic, self.statistic.update, state, total)
+
+
+def _follow_tokens(
+    inputs: list[int], ndim: int, jaxpr: Any, values: list[Any]
+) -> list[Any]:
+    """Tells the taps among `values` where the tokens of some inputs are."""
+    followed = follow(jaxpr, {i: tuple(range(ndim)) for i in inputs})
+
+    def told(value: Any) -> Any:
+        if not isinstance(value, Adapted):
+            return value
+        terms = tuple(
+            dataclasses.replace(term, tokens=followed) if isinstance(term, Tap) else term
+            for term in value.terms
+        )
+        return Adapted(value.base, terms, value.origin)
+
+    return list(map(told, values))
 
 
 def _tap(slot: Slot, statistic: Statistic, context: Any, mask: Any) -> Tap:

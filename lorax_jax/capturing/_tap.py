@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .._errors import FollowError, StatisticsError, shorten
 from ..adapters import Inner, Term, joins, together
 from ..statistics import Statistic
 from ..structure import (
@@ -24,7 +25,7 @@ from ..structure import (
     Use,
     is_factor,
 )
-from ..transform import Note, meeting, take
+from ..transform import Followed, Note, lay_out, meeting, take
 
 # The axis of a context that counts the matrices of one layer.
 APART = "apart"
@@ -45,6 +46,11 @@ class About:
 
     slots: tuple[tuple[str, int], ...]
     statistic: Statistic
+
+    @property
+    def names(self) -> str:
+        """The slots, for messages."""
+        return shorten([repr(name) for name, _ in self.slots])
 
 
 @jax.tree_util.register_dataclass
@@ -91,7 +97,7 @@ class Tap(Term):
     groups: int = dataclasses.field(default=1, metadata={"static": True})
     chosen: bool = dataclasses.field(default=False, metadata={"static": True})
     moved: bool = dataclasses.field(default=False, metadata={"static": True})
-    tokens: Any = dataclasses.field(default=None, metadata={"static": True})
+    tokens: Followed | None = dataclasses.field(default=None, metadata={"static": True})
     use: Use | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
@@ -235,15 +241,22 @@ class Tap(Term):
                 "rows are not the tokens of a mask here: they are patches of an image, "
                 "or sorted by expert"
             )
-        laid = lay_out(
-            self.mask.array,
-            self.tokens.axes(*consumer()),
-            tuple(rows.array.shape),
-            free=tuple(x not in self.inputs for x in rows.labels),
-        )
+        where, labels = meeting(), rows.labels
+        free = [i for i, label in enumerate(labels) if label not in self.inputs]
+        try:
+            followed = self.tokens.axes(where.eqn, where.operand, among=free)
+            sizes = [rows.array.shape[i] for i in free]
+            laid = lay_out(self.mask.array, followed, sizes)
+        except FollowError as error:
+            raise StatisticsError(
+                f"`mask` cannot be followed to what reaches {self.about.names}: {error}"
+                "\nGather without a mask, or leave these weights out of the plan."
+            ) from None
+        inputs = [i for i in range(len(labels)) if i not in free]
         axes = (*self.layer.axes, *(() if self.chosen else self.expert.axes))
-        present = tuple(axis for axis in axes if axis in rows.labels)
-        return rows.laid(laid, present, self.inputs)[..., 0].astype(jnp.float32)
+        present = tuple(axis for axis in axes if axis in labels)
+        laid = rows.laid(jnp.expand_dims(laid, inputs), present, self.inputs)
+        return laid[..., 0].astype(jnp.float32)
 
 
 def _followed(entry: Factor, op: AxisOp) -> Factor:

@@ -3,12 +3,16 @@
 from . import rules as rules
 from ._adapt import adapt as adapt
 from ._adapt import is_adapted as is_adapted
+from ._adapt import is_dynamic as is_dynamic
 from ._consumers import Consumer as Consumer
 from ._consumers import Leaf as Leaf
 from ._flow import NONE as NONE
 from ._flow import Flow as Flow
 from ._flow import Marks as Marks
 from ._flow import Visit as Visit
+from ._follow import Followed as Followed
+from ._follow import follow as follow
+from ._lay_out import lay_out as lay_out
 from ._notes import Note as Note
 from ._notes import meeting as meeting
 from ._notes import take as take
@@ -17,3 +21,6 @@ from ._options import Options as Options
 from ._options import allowed as allowed
 from ._roles import Reading as Reading
 from ._roles import read as read
+from ._stretches import Axes as Axes
+from ._stretches import Lost as Lost
+from ._stretches import Stretch as Stretch
