@@ -36,8 +36,8 @@ class TransformError(LoraxError, TypeError):
     """A function uses an adapted weight in a way that has no factored form."""
 
 
-class StatisticsError(LoraxError, ValueError):
-    """Statistics are of other weights, or are not fit to start an adapter from."""
+class CaptureError(LoraxError, ValueError):
+    """Statistics or gradients cannot be gathered, or what was gathered is no use."""
 
 
 class FollowError(LoraxError, ValueError):

@@ -2,6 +2,7 @@
 
 from ._errors import AdapterError as AdapterError
 from ._errors import AuditError as AuditError
+from ._errors import CaptureError as CaptureError
 from ._errors import CheckpointError as CheckpointError
 from ._errors import ConfigError as ConfigError
 from ._errors import FollowError as FollowError
@@ -10,5 +11,4 @@ from ._errors import LoraxError as LoraxError
 from ._errors import PlanError as PlanError
 from ._errors import PlanWarning as PlanWarning
 from ._errors import ReplicationError as ReplicationError
-from ._errors import StatisticsError as StatisticsError
 from ._errors import TransformError as TransformError

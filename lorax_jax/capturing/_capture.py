@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 
 from .. import _paths
-from .._errors import StatisticsError, shorten
+from .._errors import CaptureError, shorten
 from ..adapters import Adapted, Origin, is_weight
 from ..planning import Plan, Slot
 from ..statistics import Statistic
 from ..structure import Factor
 from ..transform import Note, Options, allowed, follow, is_dynamic, observe
+from ._automatic import automatic
 from ._run import run
 from ._stats import Stats, mapped
 from ._tap import APART, NONE, About, Tap
@@ -77,7 +78,7 @@ def capture(
         slot for slot in plan.slots if "a" in slot.shapes() and not slot.role.lookup
     )
     if not slots:
-        raise StatisticsError(
+        raise CaptureError(
             "No weight of the plan has inputs that a statistic could be taken of: they "
             "are looked up by number, or trained whole."
         )
@@ -139,7 +140,7 @@ class Capture:
             The statistics with the batch.
 
         Raises:
-            StatisticsError: if a weight's inputs are not reached, or a mask cannot be
+            CaptureError: if a weight's inputs are not reached, or a mask cannot be
                 followed to them.
             TransformError: where the weight is used in a way that has no rows.
         """
@@ -191,7 +192,7 @@ class Capture:
             every: after how many batches it is written.
 
         Raises:
-            StatisticsError: if there are no batches, a value is no number, or the file
+            CaptureError: if there are no batches, a value is no number, or the file
                 holds other statistics.
         """
         return run(self, params, batches, stats, progress, save, every)
@@ -200,7 +201,7 @@ class Capture:
         for slot in self.slots:
             leaf = leaves.get(slot.role.path)
             if leaf is None or tuple(leaf.shape) != slot.shape:
-                raise StatisticsError(
+                raise CaptureError(
                     f"The plan has {slot.role.path!r} with shape {slot.shape}, and "
                     f"`params` has {getattr(leaf, 'shape', 'no such leaf')}. Give the "
                     "parameters that the plan was made on."
@@ -228,12 +229,12 @@ class Capture:
         self, bound: Any, args: Any, kwargs: Any, shape: tuple[int, ...]
     ) -> list[int]:
         """Which inputs of the model's jaxpr have the axes of a mask of this shape."""
-        named = isinstance(self.tokens, str)
-        chosen = kwargs.get(self.tokens) if named else None
-        if not named and self.tokens < len(args):
-            chosen = args[self.tokens]
-        elif not named and not args and len(kwargs) == 1:
+        if isinstance(self.tokens, str):
+            chosen = kwargs.get(self.tokens)
+        elif not args and len(kwargs) == 1:
             (chosen,) = kwargs.values()
+        else:
+            chosen = args[self.tokens] if self.tokens < len(args) else None
         wanted = {id(leaf) for leaf in jax.tree.leaves(chosen)}
         leaves = jax.tree.leaves(((bound, *args), kwargs), is_leaf=is_weight)
         moving = [leaf for leaf in leaves if is_dynamic(leaf)]
@@ -244,7 +245,7 @@ class Capture:
         ]
         if not found:
             shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(chosen)]
-            raise StatisticsError(
+            raise CaptureError(
                 f"`mask` has the shape {shape}, and no array of the argument "
                 f"{self.tokens!r} begins with these axes: {shapes or 'there is none'}. "
                 "Say which argument holds the tokens: `capture(..., tokens=)`."
@@ -270,7 +271,7 @@ class Capture:
                 start += n
         unseen = [name for name, all_ in found.items() if not all_]
         if unseen:
-            raise StatisticsError(
+            raise CaptureError(
                 f"Nothing was multiplied by {shorten(unseen)} while the function ran. "
                 "Give `capture` the function that the plan was made with, and to its "
                 "result the arguments that make it use these weights."
@@ -294,7 +295,9 @@ def _follow_tokens(
         if not isinstance(value, Adapted):
             return value
         terms = tuple(
-            dataclasses.replace(term, tokens=followed) if isinstance(term, Tap) else term
+            dataclasses.replace(term, tokens=followed)
+            if isinstance(term, Tap)
+            else term
             for term in value.terms
         )
         return Adapted(value.base, terms, value.origin)
@@ -366,6 +369,6 @@ def witness(leaf: Any) -> jax.Array:
         array = next(x for x in jax.tree.leaves(leaf) if jnp.ndim(x) > 0)
     shape = jnp.shape(array)
     at = jnp.unravel_index(jnp.array(_places(shape)), shape)
-    found = jnp.asarray(array)[at].astype(jnp.float32)
+    found = automatic(lambda x: x[at].astype(jnp.float32), jnp.asarray(array))
     missing = len(_places(tuple(leaf.shape))) - found.size
     return jnp.pad(found, (0, max(missing, 0)))[: len(_places(tuple(leaf.shape)))]

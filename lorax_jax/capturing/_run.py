@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from .._errors import StatisticsError
+from .._errors import CaptureError
 from ._stats import Stats
 
 if TYPE_CHECKING:
@@ -21,18 +21,18 @@ def run(
     gather: "Capture",
     params: Any,
     batches: Iterable[Any],
-    stats: Stats | None,
+    before: Stats | None,
     progress: bool,
     save: str | os.PathLike | None,
     every: int,
 ) -> Stats:
     """See `Capture.run`."""
-    stats = gather.init() if stats is None else stats
+    found = gather.init() if before is None else before
     if save is not None and Path(save).exists():
-        stats = stats.load(save)
+        found = found.load(save)
     # The state is donated, so that a large one is held once; not the caller's.
     step = jax.jit(_step, static_argnums=0, donate_argnums=1)
-    stats = jax.tree.map(jnp.copy, stats)
+    stats: Stats = jax.tree.map(jnp.copy, found)
     done = start = int(stats.batches) if save is not None else 0
     for batch in tqdm(
         itertools.islice(batches, start, None),
@@ -47,7 +47,7 @@ def run(
         if save is not None and (done - start) % every == 0:
             stats.save(save)
     if done == 0:
-        raise StatisticsError(
+        raise CaptureError(
             "There are no batches to take statistics of: `batches` is empty. An "
             "iterator that was used up before gives none; give a list."
         )
@@ -74,7 +74,7 @@ def check(stats: Stats) -> None:
     """Raises unless every state is of numbers, and of one model.
 
     Raises:
-        StatisticsError: naming the weights whose inputs hold NaN or infinity.
+        CaptureError: naming the weights whose inputs hold NaN or infinity.
     """
     bad = {
         name: ~jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves]))
@@ -83,14 +83,14 @@ def check(stats: Stats) -> None:
     }
     found = [name for name, is_bad in jax.device_get(bad).items() if is_bad]
     if found:
-        raise StatisticsError(
+        raise CaptureError(
             f"What reaches {found[0]!r}"
             + (f" and {len(found) - 1} other weights" if len(found) > 1 else "")
             + " holds NaN or infinity. Look for padding that attends to nothing (give "
             "a `mask`), or run the model in a wider dtype."
         )
     if bool(stats.mixed):
-        raise StatisticsError(
+        raise CaptureError(
             "The parameters changed while statistics were gathered: batches before saw "
             "another model. Begin anew, with the parameters that are to be adapted."
         )

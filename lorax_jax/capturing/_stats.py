@@ -13,7 +13,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from .._errors import StatisticsError, shorten
+from .._errors import CaptureError, shorten
 from ..statistics import Statistic
 
 
@@ -53,17 +53,17 @@ class Stats(Mapping[str, Any]):
         """The statistics of both, gathered apart: by other processes, or later.
 
         Raises:
-            StatisticsError: if they are of other leaves, statistics or models.
+            CaptureError: if they are of other leaves, statistics or models.
         """
         if self.statistic != other.statistic:
-            raise StatisticsError(
+            raise CaptureError(
                 f"One side gathered {self.statistic}, the other {other.statistic}. "
                 "Merge what one statistic gathered."
             )
         mine, theirs = _shapes(self.states), _shapes(other.states)
         if mine != theirs:
             odd = sorted({n for n, _ in set(mine.items()) ^ set(theirs.items())})
-            raise StatisticsError(
+            raise CaptureError(
                 f"The two sides differ about {shorten(odd)}. Merge what was gathered "
                 "with one plan."
             )
@@ -98,14 +98,14 @@ class Stats(Mapping[str, Any]):
         """What `save` wrote of statistics like these.
 
         Raises:
-            StatisticsError: if the file holds others, or cannot be read.
+            CaptureError: if the file holds others, or cannot be read.
         """
         try:
             with safe_open(str(path), "numpy") as file:
                 found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
                 said = (file.metadata() or {}).get("statistic")
         except (OSError, SafetensorError) as error:
-            raise StatisticsError(f"{path} holds no statistics: {error}") from None
+            raise CaptureError(f"{path} holds no statistics: {error}") from None
         wanted = dict(_keyed(self))
         odd = [
             key
@@ -116,7 +116,7 @@ class Stats(Mapping[str, Any]):
             != (wanted[key].shape, wanted[key].dtype)
         ]
         if odd or said != repr(self.statistic):
-            raise StatisticsError(
+            raise CaptureError(
                 f"{path} holds statistics of other leaves or of another kind, "
                 f"{said}: they differ about {shorten(sorted(odd))}. Give the file that "
                 "was written with this plan and statistic, or another path."

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._errors import FollowError, StatisticsError, shorten
+from .._errors import CaptureError, FollowError, TransformError, shorten
 from ..adapters import Inner, Term, joins, together
 from ..statistics import Statistic
 from ..structure import (
@@ -26,6 +26,7 @@ from ..structure import (
     is_factor,
 )
 from ..transform import Followed, Note, lay_out, meeting, take
+from ._automatic import automatic
 
 # The axis of a context that counts the matrices of one layer.
 APART = "apart"
@@ -106,7 +107,7 @@ class Tap(Term):
         return self.entry.axes
 
     def act(self, x: jax.Array, op: Bilinear, inner: Inner) -> jax.Array:
-        note = self._note(op.as_rows(x))
+        note = automatic(lambda x, tap: tap._note(op.as_rows(x)), x, self)
         # Devices that see the same rows count them once.
         index = note.index
         for axis in sorted(meeting().repeats()):
@@ -115,7 +116,11 @@ class Tap(Term):
         return inner(x)
 
     def dense(self, weight: jax.Array) -> jax.Array:
-        raise Unstructured("nothing could be noted of what the dense weight does")
+        raise TransformError(
+            f"A dense weight would be built of {self.about.names}, and what it is "
+            "multiplied by could not be seen. Leave it out of the plan, or gather "
+            "without `materialize`."
+        )
 
     def looks_up(self, axis: int) -> bool:
         del axis
@@ -248,7 +253,7 @@ class Tap(Term):
             sizes = [rows.array.shape[i] for i in free]
             laid = lay_out(self.mask.array, followed, sizes)
         except FollowError as error:
-            raise StatisticsError(
+            raise CaptureError(
                 f"`mask` cannot be followed to what reaches {self.about.names}: {error}"
                 "\nGather without a mask, or leave these weights out of the plan."
             ) from None

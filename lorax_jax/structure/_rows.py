@@ -50,7 +50,7 @@ class Rows:
         parallel: Sequence[OperandLabel],
         inputs: Sequence[Label],
     ) -> jax.Array:
-        """An array with the operand's axes, of size 1 where it is constant, likewise."""
+        """Likewise an array with the operand's axes, of size 1 where it is constant."""
         free = [x for x in self.labels if x not in parallel and x not in inputs]
         order = [self.labels.index(x) for x in (*parallel, *free, *inputs)]
         array = jnp.transpose(array, order)

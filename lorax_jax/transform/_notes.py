@@ -72,7 +72,7 @@ class Meeting:
     producer: Any
 
     def repeats(self) -> frozenset[str]:
-        """Mesh axes of a `shard_map` along which the operand has one and the same value.
+        """Mesh axes of a `shard_map` along which the operand is everywhere the same.
 
         JAX declares a value to vary along all axes that the weight varies along, just
         before they meet. This looks behind such declarations.
