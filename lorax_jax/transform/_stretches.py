@@ -62,6 +62,19 @@ class Lost:
     source: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """The label of what one device holds of a stretch.
+
+    Attributes:
+        of: the stretch, over all devices.
+        names: the mesh axes that divide it.
+    """
+
+    of: Stretch
+    names: tuple[str, ...]
+
+
 # What runs along one axis, outermost first: `()` where no followed axis does.
 Axis = tuple[Stretch, ...] | Lost
 Axes = tuple[Axis, ...]
