@@ -85,7 +85,7 @@ def _apart(size: int) -> Stretch:
     return Stretch(None, size)
 
 
-def entire(label: Hashable, size: int) -> Axis:
+def entire(label: Hashable, size: int) -> tuple[Stretch, ...]:
     """All of a followed axis. One entry alone needs no following."""
     return (Stretch(label, size, whole=size, extent=size),) if size > 1 else ()
 
