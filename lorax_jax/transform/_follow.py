@@ -10,10 +10,10 @@ from typing import Any
 
 from .._errors import FollowError
 from . import _jaxpr
-from ._follow_inner import INNER, Shard
+from ._follow_inner import INNER
 from ._follow_rules import RULES
 from ._follow_step import Step, shape_of
-from ._stretches import Axes, Axis, Lost, entire
+from ._stretches import Axes, Axis, Lost, Shard, entire
 
 
 class Followed:
@@ -51,16 +51,17 @@ class Followed:
                 "followed, nor of one inside of it. Ask about the traced equations."
             )
         axes = self._operands[id(eqn)][operand]
-        chosen = axes if among is None else tuple(axes[i] for i in among)
-        lost = next((axis for axis in chosen if isinstance(axis, Lost)), None)
-        if lost is not None:
-            raise FollowError(
-                f"nothing says which token is where along axis {axes.index(lost)} of "
-                f"operand {operand} of `{eqn.primitive.name}`.\n"
-                f"  lost   {lost.reason}\n"
-                f"  at     {lost.source}\n"
-                f"  asked  {_jaxpr.source(eqn) or '(unknown line)'}"
-            )
+        asked = range(len(axes)) if among is None else tuple(among)
+        for i in asked:
+            if isinstance(lost := axes[i], Lost):
+                raise FollowError(
+                    f"nothing says which token is where along axis {i} of operand "
+                    f"{operand} of `{eqn.primitive.name}`.\n"
+                    f"  lost   {lost.reason}\n"
+                    f"  at     {lost.source}\n"
+                    f"  asked  {_jaxpr.source(eqn) or '(unknown line)'}"
+                )
+        chosen = tuple(axes[i] for i in asked)
         stretches = [
             one for axis in chosen if not isinstance(axis, Lost) for one in axis
         ]
@@ -165,10 +166,9 @@ class Walk:
 
     def inside(self, jaxpr: Any, operands: Sequence[Axes]) -> list[Axes]:
         """What runs along the results of a jaxpr, from what does along its inputs."""
-        inner, consts = _jaxpr.closed(jaxpr)
+        inner, _ = _jaxpr.closed(jaxpr)
         key = id(inner), tuple(operands), self.noting
         if key not in self.known:
-            del consts
             self.known[key] = self._walk(inner, operands)
         return self.known[key]
 

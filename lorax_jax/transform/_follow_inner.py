@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from . import _jaxpr
-from ._stretches import Axes, Axis, Lost, Stretch, join, tidy
+from ._stretches import Axes, Axis, Lost, Shard, Stretch, join, tidy
 
 if TYPE_CHECKING:
     from ._follow import Walk
@@ -76,19 +76,6 @@ def _repeat(
         walk.noting = noting
     outs = walk.inside(jaxpr, [*consts, *carry, *xs])
     return [*carry, *outs[len(carry) :]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Shard:
-    """The label of what one device holds of a stretch.
-
-    Attributes:
-        of: the stretch, over all devices.
-        names: the mesh axes that divide it.
-    """
-
-    of: Stretch
-    names: tuple[str, ...]
 
 
 def _shard_map(walk: "Walk", eqn: Any, operands: list[Axes]) -> list[Axes]:

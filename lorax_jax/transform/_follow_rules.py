@@ -7,7 +7,7 @@ loses whatever enters it.
 from . import _follow_products as products
 from . import _jaxpr
 from ._follow_step import Rule, Step, without
-from ._stretches import Axes, Axis, Lost, append, cut, grow, regroup, turn
+from ._stretches import Axes, Axis, Lost, Shard, append, cut, grow, regroup, turn
 
 
 def _elementwise(step: Step) -> list[Axes]:
@@ -180,18 +180,16 @@ def _over_devices(step: Step) -> list[Axes]:
     names = {name for name in step.params["axes"] if isinstance(name, str)}
     if len(names) < len(step.params["axes"]):
         return step.lost()
-    out = []
-    for axes in step.operands:
-        out.append(
-            tuple(
-                step.drop(axis, "parts of them on several devices are summed")
-                if not isinstance(axis, Lost)
-                and any(names & getattr(one.label, "names", set()) for one in axis)
-                else axis
-                for axis in axes
-            )
-        )
-    return out
+
+    def mixed(axis: Axis) -> bool:
+        labels = () if isinstance(axis, Lost) else [one.label for one in axis]
+        return any(isinstance(of, Shard) and names & set(of.names) for of in labels)
+
+    reason = "parts of them on several devices are summed"
+    return [
+        tuple(step.lose(reason) if mixed(axis) else axis for axis in axes)
+        for axes in step.operands
+    ]
 
 
 def _read_memory(step: Step) -> list[Axes]:

@@ -62,6 +62,19 @@ class Lost:
     source: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """The label of what one device holds of a stretch.
+
+    Attributes:
+        of: the stretch, over all devices.
+        names: the mesh axes that divide it.
+    """
+
+    of: Stretch
+    names: tuple[str, ...]
+
+
 # What runs along one axis, outermost first: `()` where no followed axis does.
 Axis = tuple[Stretch, ...] | Lost
 Axes = tuple[Axis, ...]
@@ -72,7 +85,7 @@ def _apart(size: int) -> Stretch:
     return Stretch(None, size)
 
 
-def entire(label: Hashable, size: int) -> Axis:
+def entire(label: Hashable, size: int) -> tuple[Stretch, ...]:
     """All of a followed axis. One entry alone needs no following."""
     return (Stretch(label, size, whole=size, extent=size),) if size > 1 else ()
 
