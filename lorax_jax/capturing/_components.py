@@ -133,12 +133,6 @@ def keeping(
     for slot in slots:
         state = states[slot.name]
         *leading, has = state.singular.shape
-        if tuple(leading) != (*slot.layers, *slot.apart):
-            raise CaptureError(
-                f"The state of {slot.name!r} has the leading axes {tuple(leading)}, "
-                f"and its weight {(*slot.layers, *slot.apart)}. Give states that were "
-                "made for this plan."
-            )
         kept = [
             min(keep[site.name], slot.sides[0]) if site else 1 for site in slot.sites
         ]

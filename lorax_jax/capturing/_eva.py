@@ -175,6 +175,13 @@ def _slots(plan: Plan, states: States) -> tuple[Slot, ...]:
                 f"The state of {slot.name!r} is a {type(states[slot.name]).__name__}; "
                 "EVA goes by principal components: `stat=statistics.Pca(...)`."
             )
+        leading = states[slot.name].singular.shape[:-1]
+        if leading != (*slot.layers, *slot.apart):
+            raise CaptureError(
+                f"The state of {slot.name!r} has the leading axes {leading}, and its "
+                f"weight {(*slot.layers, *slot.apart)}. Give states that were made for "
+                "this plan."
+            )
     return slots
 
 

@@ -1,7 +1,7 @@
 """CorDA: start on the weight's directions as its inputs weigh them."""
 
 import dataclasses
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -12,7 +12,7 @@ from ..statistics import SecondMoment
 from ._base import Start, register
 from ._stats import check_size, check_stats
 
-Mode = Literal["ipm", "kpm"]
+MODES = ("ipm", "kpm")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,12 +35,12 @@ class Corda:
         'kpm'
     """
 
-    mode: Mode = "ipm"
+    mode: str = "ipm"
     damping: float = 0.01
     tolerance: float = 0.05
 
     def __post_init__(self):
-        if self.mode not in get_args(Mode):
+        if self.mode not in MODES:
             raise ConfigError(
                 f"`Corda(mode={self.mode!r:.60})`: one of 'ipm', 'kpm' is meant."
             )
@@ -154,7 +154,7 @@ def _damped(second: Float[Array, "d d"], options: Corda) -> Float[Array, "d d"]:
     """The damped second moment.
 
     The search ends: with the diagonal in the majority the inverse is good, and where
-    nothing can be inverted, of NaN or zeros, it is not begun.
+    nothing can be inverted it is not begun. Of zeros there is nothing but NaN to give.
     """
     eye = jnp.eye(len(second), dtype=jnp.float32)
     mean = jnp.diagonal(second).mean()
@@ -174,7 +174,8 @@ def _damped(second: Float[Array, "d d"], options: Corda) -> Float[Array, "d d"]:
         return damping, *tried(damping)
 
     damping = jnp.float32(options.damping)
-    return lax.while_loop(going_on, doubled, (damping, *tried(damping)))[1]
+    damped = lax.while_loop(going_on, doubled, (damping, *tried(damping)))[1]
+    return jnp.where(mean > 0, damped, jnp.nan)
 
 
 # With this share of its diagonal added, a matrix is its diagonal in float32.
