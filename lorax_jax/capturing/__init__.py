@@ -1,5 +1,9 @@
-"""Statistics of what reaches each adapted weight, gathered while a model runs."""
+"""Running a model to gather what initializers read."""
 
 from ._capture import Capture as Capture
 from ._capture import capture as capture
+from ._eva import EvaResult as EvaResult
+from ._eva import eva as eva
+from ._label_mask import label_mask as label_mask
+from ._redistribute import redistribute as redistribute
 from ._stats import Stats as Stats

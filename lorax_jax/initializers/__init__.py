@@ -9,7 +9,12 @@ from ._base import get as get
 from ._base import method as method
 from ._base import names as names
 from ._base import register as register
+from ._corda import Corda as Corda
+from ._corda import corda as corda
+from ._corda import corda_kpm as corda_kpm
 from ._embedding import embedding as embedding
+from ._eva import Eva as Eva
+from ._eva import eva as eva
 from ._gaussian import gaussian as gaussian
 from ._kaiming import kaiming as kaiming
 from ._mica import mica as mica

@@ -22,7 +22,7 @@ LEVELS = [
     {"transform"},
     {"initializers"},
     {"planning"},
-    {"merging", "_count"},
+    {"merging", "capturing", "allocating", "_count"},
     {"checkpoint", "embedded", "auditing"},
     {"_load_adapted", "capturing"},
     {"train"},
