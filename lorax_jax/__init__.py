@@ -10,6 +10,7 @@ from .adapters import Adapter as Adapter
 from .adapters import bind as bind
 from .transform import adapt as adapt
 from .merging import merge as merge
+from .capturing import capture_grad as capture_grad
 from .planning import grow as grow
 from ._growth import Growth as Growth
 from ._count import count as count

@@ -112,7 +112,7 @@ class LoraConfig:
     exclude: Any = ()
     rslora: bool = False
     dropout: float = 0.0
-    init: str | bool = True
+    init: Any = True
     layers: Any = None
     tie: Tie | None = None
     dora: bool = False

@@ -32,6 +32,10 @@ class AdapterError(LoraxError, ValueError):
     """An adapter does not fit the parameters that it is bound to."""
 
 
+class CaptureError(LoraxError, ValueError):
+    """Statistics or gradients cannot be gathered, or what was gathered is no use."""
+
+
 class TransformError(LoraxError, TypeError):
     """A function uses an adapted weight in a way that has no factored form."""
 

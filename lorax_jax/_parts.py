@@ -43,7 +43,7 @@ class PartRule:
     where: tuple[Where, ...]
     rank: int | None = None
     alpha: float | None = None
-    init: str | bool | None = None
+    init: Any = None
     dropout: float | None = None
 
 

@@ -37,7 +37,7 @@ class Rule:
     pattern: str
     rank: int | None = None
     alpha: float | None = None
-    init: str | bool | None = None
+    init: Any = None
     dropout: float | None = None
     tie: Tie | None = None
     dora: bool | None = None

@@ -2,6 +2,7 @@
 
 from ._errors import AdapterError as AdapterError
 from ._errors import AuditError as AuditError
+from ._errors import CaptureError as CaptureError
 from ._errors import CheckpointError as CheckpointError
 from ._errors import ConfigError as ConfigError
 from ._errors import GrowthError as GrowthError

@@ -12,4 +12,6 @@ from ._base import register as register
 from ._embedding import embedding as embedding
 from ._gaussian import gaussian as gaussian
 from ._kaiming import kaiming as kaiming
+from ._lora_ga import LoraGa as LoraGa
+from ._lora_ga import lora_ga as lora_ga
 from ._random import random as random

@@ -62,6 +62,8 @@ class Method:
         freezes: which of the factors (`"a"`, `"b"`) are never trained.
         stat: the statistic that is gathered for it where the user names none.
         lookup: what starts an embedding table instead; `None` takes `start`.
+        options: the type of its options. `init` may be an instance instead of a name,
+            and the initializer takes it as its keyword `options`.
     """
 
     start: Callable[..., Start]
@@ -69,6 +71,13 @@ class Method:
     freezes: tuple[str, ...] = ()
     stat: Any = None
     lookup: Callable[..., Start] | None = None
+    options: type | None = None
+
+    def given(self, options: Any) -> "Method":
+        """The same with these options."""
+        return dataclasses.replace(
+            self, start=functools.partial(self.start, options=options)
+        )
 
 
 _REGISTRY: dict[Any, Method] = {}
@@ -129,7 +138,7 @@ def families() -> list[str]:
 
 
 def method(name: Any) -> Method:
-    """What is registered under `name`.
+    """What is registered under `name`, or takes it as its options.
 
     Raises:
         KeyError: if there is nothing.
@@ -143,6 +152,9 @@ def method(name: Any) -> Method:
             found = pattern.fullmatch(name)
             if found is not None:
                 return of(int(found[1]))
+    for known in _REGISTRY.values():
+        if known.options is not None and isinstance(name, known.options):
+            return known.given(name)
     try:
         return _REGISTRY[name]
     except TypeError:  # it cannot be hashed

@@ -46,7 +46,7 @@ class Site:
     alpha: float
     scale: float
     rule: str
-    init: str | bool
+    init: Any
     dropout: float
     trainable: int
 
