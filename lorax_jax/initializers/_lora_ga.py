@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,8 @@ from .._errors import ConfigError, PlanError
 from ..statistics import GradientFactors
 from ._base import Start, register
 
-Direction = Literal["ArB2r", "A2rBr", "ArBr", "random"]
-Scale = Literal["stable", "weight_svd", "gd", "unit"]
+DIRECTIONS = ("ArB2r", "A2rBr", "ArBr", "random")
+SCALES = ("stable", "weight_svd", "gd", "unit")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,8 +21,10 @@ class LoraGa:
     """Options of `lora_ga`, to be given as `init` in place of the name.
 
     Attributes:
-        direction: which of the gradient's directions A and B take.
-        scale: how large B is made (for `"gd"`, A too).
+        direction: which of the gradient's directions A and B take: `"ArB2r"`,
+            `"A2rBr"`, `"ArBr"` or `"random"`, see `lora_ga`.
+        scale: how large B is made: `"stable"`, `"weight_svd"`, `"gd"` (A too) or
+            `"unit"`.
         gamma: the constant of the scale `"stable"`, above 0.
 
     Raises:
@@ -35,20 +37,19 @@ class LoraGa:
         'ArBr'
     """
 
-    direction: Direction = "ArB2r"
-    scale: Scale = "stable"
-    gamma: float = 16
+    direction: str = "ArB2r"
+    scale: str = "stable"
+    gamma: float | int = 16
 
     def __post_init__(self):
-        for name, known in (("direction", Direction), ("scale", Scale)):
+        for name, known in (("direction", DIRECTIONS), ("scale", SCALES)):
             said = getattr(self, name)
-            if said not in get_args(known):
-                words = ", ".join(map(repr, get_args(known)))
+            if said not in known:
+                words = ", ".join(map(repr, known))
                 raise ConfigError(
                     f"`LoraGa({name}={said!r:.60})`: one of {words} is meant."
                 )
-        number = isinstance(self.gamma, int | float)
-        if not (number and 0 < self.gamma < math.inf):
+        if not 0 < self.gamma < math.inf:
             raise ConfigError(
                 f"`LoraGa(gamma={self.gamma!r:.60})`: a positive number is meant."
             )
@@ -141,7 +142,7 @@ def lora_ga(
     return Start(a, b, a0=a, b0=b)
 
 
-def _directions(direction: Direction, rank: int, key: PRNGKeyArray) -> Any:
+def _directions(direction: str, rank: int, key: PRNGKeyArray) -> Any:
     """Which of the triplets A and B take."""
     first, second = slice(0, rank), slice(rank, 2 * rank)
     if direction == "ArB2r":
