@@ -52,13 +52,7 @@ def step(
 
         def scaled(held: Factors):
             value = forward(bind(params, Adapter(held, fixed)), *batch)
-            if jnp.shape(value) != () or not jnp.issubdtype(value.dtype, jnp.floating):
-                found = f"{getattr(value, 'dtype', type(value).__name__)}"
-                raise CaptureError(
-                    "`loss` must give one floating number for a batch, and gave "
-                    f"{found}{list(jnp.shape(value))}. Give the mean over the batch; "
-                    "of a function with several results, the loss alone."
-                )
+            _check_is_number(value)
             return value * jnp.asarray(loss_scale, value.dtype)
 
         value, grads = jax.value_and_grad(scaled)(state.held)
@@ -80,6 +74,17 @@ def step(
         )
 
     return update
+
+
+def _check_is_number(value: Any) -> None:
+    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+    if shape == () and jnp.issubdtype(dtype, jnp.floating):
+        return
+    found = type(value).__name__ if shape is None else f"{dtype}{list(shape)}"
+    raise CaptureError(
+        f"`loss` must give one floating number for a batch, and gave {found}. Give the "
+        "mean over the batch; of a function with several results, the loss alone."
+    )
 
 
 def _is_finite(x: jax.Array) -> jax.Array:

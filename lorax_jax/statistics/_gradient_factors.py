@@ -1,9 +1,9 @@
 """`GradientFactors`: the leading singular directions of a weight's gradient."""
 
 import dataclasses
+from typing import Any
 
 import jax
-from jaxtyping import Array, Float
 
 
 @jax.tree_util.register_dataclass
@@ -30,9 +30,9 @@ class GradientFactors:
         3
     """
 
-    u: Float[Array, "*leading d_in size"]
-    s: Float[Array, "*leading size"]
-    v: Float[Array, "*leading size d_out"]
+    u: Any
+    s: Any
+    v: Any
 
     @property
     def size(self) -> int:
