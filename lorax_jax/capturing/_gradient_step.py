@@ -77,7 +77,8 @@ def step(
 
 
 def _check_is_number(value: Any) -> None:
-    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+    shape: Any = getattr(value, "shape", None)
+    dtype: Any = getattr(value, "dtype", None)
     if shape == () and jnp.issubdtype(dtype, jnp.floating):
         return
     found = type(value).__name__ if shape is None else f"{dtype}{list(shape)}"
