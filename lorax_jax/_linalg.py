@@ -59,11 +59,11 @@ def svd_top(w: Float[Array, "n m"], k: int) -> Svd:
     2. $X$ is orthonormalized, and rotated to the eigenvectors of $X^\top G X$.
 
     until $\lVert G x - \theta x \rVert$ is below `TOLERANCE` times the largest Ritz
-    value for the first `k`. At last the triplets are taken from $W X$ itself, since squaring
-    costs digits. Where the block would be a large part of the matrix, the eigenvectors
-    of $G$ take the iteration's place. Where $\lVert W^\top u - s v \rVert$ then exceeds
-    `ACCEPTED` $s_1$ (`w` has a rank below `k`, or nothing converged), `w` is decomposed
-    in full.
+    value for the first `k`. At last the triplets are taken from $W X$ itself, since
+    squaring costs digits. Where the block would be a large part of the matrix, the
+    eigenvectors of $G$ take the iteration's place. Where $\lVert W^\top u - s v \rVert$
+    then exceeds `ACCEPTED` $s_1$, or `w` has a rank below `k`, it is decomposed in
+    full.
 
     The start of the block is fixed, so a matrix has one answer. Under `vmap` matrices
     are taken one after the other, each for as many rounds as it needs, and only one is
@@ -181,8 +181,8 @@ def residual(w: Float[Array, "n m"], found: Svd) -> Float[Array, ""]:
     True
     """
     w = w.astype(jnp.float32)
-    right = _dot(w, found.v) - found.u * found.s
-    left = _dot(found.u.T, w).T - found.v * found.s
+    right = _dot(w, found.v) - found.u * found.s[None]
+    left = _dot(found.u.T, w).T - found.v * found.s[None]
     worst = jnp.maximum(
         jnp.linalg.norm(right, axis=0).max(), jnp.linalg.norm(left, axis=0).max()
     )
@@ -353,7 +353,9 @@ def _orthonormal(x: jax.Array) -> jax.Array:
     x = x / _positive(jnp.linalg.norm(x, axis=1, keepdims=True))
     values, vectors = jnp.linalg.eigh(_dot(x, x.T))
     there = values > jnp.finfo(jnp.float32).eps * len(values) * values[-1]
-    return _dot((vectors * jnp.where(there, lax.rsqrt(_positive(values)), 0)).T, x)
+    return _dot(
+        (vectors * jnp.where(there, lax.rsqrt(_positive(values)), 0)[None]).T, x
+    )
 
 
 def _turned(found: Svd) -> Svd:
@@ -371,7 +373,7 @@ def _signed(found: Svd) -> Svd:
     """With the largest entry of each right vector positive."""
     at = jnp.argmax(jnp.abs(found.v), axis=0)
     largest = jnp.take_along_axis(found.v, at[None], axis=0)
-    sign = jnp.where(largest < 0, -1.0, 1.0).astype(jnp.float32)
+    sign = jnp.where(largest < 0, -1.0, 1.0).astype(jnp.float32)  # (1, k)
     return Svd(found.u * sign, found.s, found.v * sign)
 
 
