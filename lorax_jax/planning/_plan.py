@@ -8,13 +8,14 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from .. import _paths, initializers
+from .. import _paths
 from .._config import LoraConfig
 from .._errors import PlanError, PlanWarning, ReplicationError, closest, shorten
 from .._ranges import Ranges
 from ..adapters import Role, is_weight, stored
 from ..replication import layers_of, shared_layers
 from ..transform import Consumer, Leaf, read
+from ._begin import check_inits
 from ._beside import beside
 from ._rehearse import rehearse
 from ._select import Selection
@@ -179,7 +180,7 @@ def plan(
             "function and its arguments, `plan(config, params, fn=model.apply, "
             "args=(ids,))`, or declare `roles` by hand."
         )
-    _check_init(config)
+    check_inits(config)
     try:
         ranges = layers_of(params, config.layer_replication)
     except ReplicationError as error:
@@ -213,19 +214,6 @@ def plan(
         tuple(zip(patterns, selection.counts, strict=True)),
         repeated=shared_layers(params) if ranges is None else None,
     )
-
-
-def _check_init(config: LoraConfig) -> None:
-    said = [one for rule in config.rules or () for one in (rule, *rule.parts)]
-    for init in (config.init, *(one.init for one in said if one.init is not None)):
-        try:
-            initializers.method(init)
-        except KeyError:
-            known = [*initializers.names(), *initializers.families()]
-            raise PlanError(
-                f"`init` = {init!r} is no initializer. Known: "
-                f"{', '.join(map(repr, known))}."
-            ) from None
 
 
 def _declare(found: dict[str, Leaf], roles: Mapping[str, Any]) -> None:
