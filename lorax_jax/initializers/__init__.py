@@ -17,6 +17,8 @@ from ._eva import Eva as Eva
 from ._eva import eva as eva
 from ._gaussian import gaussian as gaussian
 from ._kaiming import kaiming as kaiming
+from ._lora_ga import LoraGa as LoraGa
+from ._lora_ga import lora_ga as lora_ga
 from ._mica import mica as mica
 from ._olora import olora as olora
 from ._orthogonal import orthogonal as orthogonal

@@ -20,6 +20,7 @@ from ._beside import beside
 from ._rehearse import rehearse
 from ._select import Selection
 from ._sites import Site, Slot
+from ._spectra import Spectra
 from ._table import table
 
 
@@ -35,6 +36,7 @@ class Plan:
         matches: for each rule, its pattern and how many sites it took.
         repeated: how unrolled layers are repeated, where the parameters show that they
             are and the configuration does not say of which layers.
+        spectra: what each direction of a site is worth, where `with_spectra` gave it.
     """
 
     config: LoraConfig
@@ -43,6 +45,7 @@ class Plan:
     base_bytes: int
     matches: tuple[tuple[str, int], ...]
     repeated: Ranges | None = None
+    spectra: Spectra | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def __iter__(self) -> Iterator[Site]:
         return (site for slot in self.slots for site in slot.sites if site is not None)
@@ -73,6 +76,20 @@ class Plan:
         return Memory(
             self.base_bytes, adapter, adapter, int(adapter * optimizer_copies)
         )
+
+    def with_spectra(self, spectra: Mapping[str, Any]) -> "Plan":
+        """The plan that prints how much of each site's energy its rank explains.
+
+        Args:
+            spectra: name of a site -> what each direction is worth, descending, as
+                `lj.spectra` gives them; of all sites or of some.
+
+        Raises:
+            PlanError: if a spectrum is of no site, or is not descending.
+        """
+        found = Spectra.of(spectra)
+        found.check_names({site.name: site for site in self if site.rank})
+        return dataclasses.replace(self, spectra=found)
 
     def __str__(self) -> str:
         return table(self)
