@@ -1,8 +1,12 @@
 """Where an adapter starts: one method a file."""
 
 from ._base import Initializer as Initializer
+from ._base import Method as Method
 from ._base import Start as Start
+from ._base import families as families
+from ._base import family as family
 from ._base import get as get
+from ._base import method as method
 from ._base import names as names
 from ._base import register as register
 from ._embedding import embedding as embedding

@@ -1,10 +1,15 @@
-"""The protocol that every initializer follows."""
+"""The protocol that every initializer follows, and the registry of all of them."""
 
+import dataclasses
+import functools
+import re
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 from jaxtyping import Array, Float, PRNGKeyArray
+
+Reads = Literal["shape", "weight", "stats"]
 
 
 class Start(NamedTuple):
@@ -13,18 +18,25 @@ class Start(NamedTuple):
     Attributes:
         a: shape `(d_in, rank)`.
         b: shape `(rank, d_out)`.
+        a0: the frozen starting factor of a method that starts from factors of the
+            weight, whose adapter contributes `scale (A B - A0 B0)`; else `None`.
+        b0: likewise.
     """
 
     a: Float[Array, "d_in rank"]
     b: Float[Array, "rank d_out"]
+    a0: Float[Array, "d_in rank"] | None = None
+    b0: Float[Array, "rank d_out"] | None = None
 
 
 class Initializer(Protocol):
-    """`(weight, *, rank, scale, key) -> Start`, for a kernel used as `x @ weight`.
+    """`(weight, *, rank, scale, key, stats=None) -> Start`, for a kernel `x @ weight`.
 
-    The function is traced, and mapped with `vmap` over the layers of a stack. It gets
-    the weight's type in place of the array: none of the methods here reads its values,
-    so a large or sharded base is not touched.
+    The function is pure and traced, and mapped with `vmap` over the layers of a stack.
+    What it gets depends on what it was registered to read: of `"shape"`, `weight` is
+    the weight's type in place of the array, so that a large or sharded base is not
+    touched; of `"weight"`, it is the array, in the base's dtype; of `"stats"`, the
+    array too, and `stats` is the state of a statistic of this site's layer.
     """
 
     def __call__(
@@ -34,18 +46,73 @@ class Initializer(Protocol):
         rank: int,
         scale: float,
         key: PRNGKeyArray,
+        stats: Any = None,
     ) -> Start: ...
 
 
-_REGISTRY: dict[Any, Callable[..., Start]] = {}
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """An initializer, and what is known of it without calling it.
+
+    Attributes:
+        start: the initializer itself.
+        reads: what it looks at: the weight's `"shape"`, the `"weight"`, or the weight
+            and `"stats"`. A rank above `min(d_in, d_out)` has no meaning to those that
+            read more than the shape.
+        freezes: which of the factors (`"a"`, `"b"`) are never trained.
+        stat: the statistic that is gathered for it where the user names none.
+        lookup: what starts an embedding table instead; `None` takes `start`.
+    """
+
+    start: Callable[..., Start]
+    reads: Reads = "shape"
+    freezes: tuple[str, ...] = ()
+    stat: Any = None
+    lookup: Callable[..., Start] | None = None
 
 
-def register(*names: Any) -> Callable[[Callable[..., Start]], Callable[..., Start]]:
-    """Registers an initializer under the names that `LoraConfig(init=...)` takes."""
+_REGISTRY: dict[Any, Method] = {}
+_FAMILIES: dict[str, tuple[re.Pattern[str], Callable[[int], Method]]] = {}
+
+
+def register(*names: Any, **about: Any) -> Callable[..., Callable[..., Start]]:
+    """Registers an initializer under the names that `LoraConfig(init=...)` takes.
+
+    Args:
+        names: the names.
+        about: the other fields of `Method`.
+
+    Example:
+        >>> @register("halves", reads="weight")
+        ... def halves(weight, *, rank, scale, key, stats=None): ...
+        >>> method("halves").reads
+        'weight'
+        >>> del _REGISTRY["halves"]
+    """
 
     def add(fn: Callable[..., Start]) -> Callable[..., Start]:
         for name in names:
-            _REGISTRY[name] = fn
+            _REGISTRY[name] = Method(fn, **about)
+        return fn
+
+    return add
+
+
+def family(name: str, **about: Any) -> Callable[..., Callable[..., Start]]:
+    """Registers an initializer with a number in its name.
+
+    Args:
+        name: the name with an `N` at its end, for which users write a number; the
+            function takes it as its first keyword, `n`.
+        about: the other fields of `Method`.
+    """
+    pattern = re.compile(re.escape(name.removesuffix("N")) + r"(\d+)", re.ASCII)
+
+    def add(fn: Callable[..., Start]) -> Callable[..., Start]:
+        def of(n: int) -> Method:
+            return Method(functools.partial(fn, n=n), **about)
+
+        _FAMILIES[name] = pattern, functools.cache(of)
         return fn
 
     return add
@@ -56,10 +123,36 @@ def names() -> list[Any]:
     return list(_REGISTRY)
 
 
+def families() -> list[str]:
+    """Names that end in a number, which `N` stands for."""
+    return list(_FAMILIES)
+
+
+def method(name: Any) -> Method:
+    """What is registered under `name`.
+
+    Raises:
+        KeyError: if there is nothing.
+
+    Example:
+        >>> method("kaiming").reads
+        'shape'
+    """
+    if isinstance(name, str):
+        for pattern, of in _FAMILIES.values():
+            found = pattern.fullmatch(name)
+            if found is not None:
+                return of(int(found[1]))
+    try:
+        return _REGISTRY[name]
+    except TypeError:  # it cannot be hashed
+        raise KeyError(name) from None
+
+
 def get(name: Any) -> Callable[..., Start]:
     """The initializer registered under `name`.
 
     Raises:
         KeyError: if there is none.
     """
-    return _REGISTRY[name]
+    return method(name).start

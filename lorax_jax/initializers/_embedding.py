@@ -1,5 +1,7 @@
 """Embedding tables: A zero, B normal."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
@@ -13,6 +15,7 @@ def embedding(
     rank: int,
     scale: float,
     key: PRNGKeyArray,
+    stats: Any = None,
     zero: bool = True,
 ) -> Start:
     r"""Starts the rows at zero and draws the directions that they will move in.
@@ -28,6 +31,7 @@ def embedding(
         rank: columns of A.
         scale: unused; every initializer accepts it.
         key: PRNG key.
+        stats: unused, as `scale`.
         zero: whether A starts at zero.
 
     Returns:
@@ -39,7 +43,7 @@ def embedding(
         >>> bool((start.a == 0).all()), start.b.shape
         (True, (2, 4))
     """
-    del scale
+    del scale, stats
     rows, d_out = weight.shape
     key_a, key_b = jax.random.split(key)
     a = jax.random.normal(key_a, (rows, rank), jnp.float32)

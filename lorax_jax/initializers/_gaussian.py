@@ -1,19 +1,23 @@
 """Gaussian: A normal, B zero."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ._base import Start, register
+from ._embedding import embedding
 
 
-@register("gaussian")
+@register("gaussian", lookup=embedding)
 def gaussian(
     weight: Float[Array, "d_in d_out"] | jax.ShapeDtypeStruct,
     *,
     rank: int,
     scale: float,
     key: PRNGKeyArray,
+    stats: Any = None,
 ) -> Start:
     r"""Draws A from a normal distribution and starts B at zero.
 
@@ -26,6 +30,7 @@ def gaussian(
         rank: columns of A.
         scale: unused; every initializer accepts it.
         key: PRNG key.
+        stats: unused, as `scale`.
 
     Returns:
         `Start(a, b)`, shapes `(d_in, rank)` and `(rank, d_out)`, float32.
@@ -39,7 +44,7 @@ def gaussian(
         Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021.
         https://arxiv.org/abs/2106.09685
     """
-    del scale
+    del scale, stats
     d_in, d_out = weight.shape
     a = jax.random.normal(key, (d_in, rank), jnp.float32) / rank
     return Start(a, jnp.zeros((rank, d_out), jnp.float32))

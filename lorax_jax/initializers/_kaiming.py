@@ -1,21 +1,24 @@
 """Kaiming: A uniform, B zero. The default, and PEFT's."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ._base import Start, register
+from ._embedding import embedding
 
 
-@register(True, "kaiming")
+@register(True, "kaiming", lookup=embedding)
 def kaiming(
     weight: Float[Array, "d_in d_out"] | jax.ShapeDtypeStruct,
     *,
     rank: int,
     scale: float,
     key: PRNGKeyArray,
+    stats: Any = None,
 ) -> Start:
     r"""Draws A uniformly and starts B at zero, so the adapter starts at zero.
 
@@ -29,6 +32,7 @@ def kaiming(
         rank: columns of A.
         scale: unused; every initializer accepts it.
         key: PRNG key.
+        stats: unused, as `scale`.
 
     Returns:
         `Start(a, b)`, shapes `(d_in, rank)` and `(rank, d_out)`, float32.
@@ -42,7 +46,7 @@ def kaiming(
         He et al., "Delving Deep into Rectifiers", 2015.
         https://arxiv.org/abs/1502.01852
     """
-    del scale
+    del scale, stats
     d_in, d_out = weight.shape
     bound = 1.0 / math.sqrt(d_in)
     a = jax.random.uniform(key, (d_in, rank), jnp.float32, -bound, bound)

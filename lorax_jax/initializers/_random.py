@@ -1,21 +1,25 @@
 """Random: A and B both uniform, so the adapted function differs from the base."""
 
+import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ._base import Start, register
+from ._embedding import embedding
 
 
-@register(False, "random")
+@register(False, "random", lookup=functools.partial(embedding, zero=False))
 def random(
     weight: Float[Array, "d_in d_out"] | jax.ShapeDtypeStruct,
     *,
     rank: int,
     scale: float,
     key: PRNGKeyArray,
+    stats: Any = None,
 ) -> Start:
     r"""Draws both factors: for tests, and to see at once that an adapter acts.
 
@@ -30,6 +34,7 @@ def random(
         rank: columns of A.
         scale: unused; every initializer accepts it.
         key: PRNG key.
+        stats: unused, as `scale`.
 
     Returns:
         `Start(a, b)`, shapes `(d_in, rank)` and `(rank, d_out)`, float32.
@@ -39,7 +44,7 @@ def random(
         >>> bool(abs(start.b).max() <= 0.5)
         True
     """
-    del scale
+    del scale, stats
     d_in, d_out = weight.shape
     key_a, key_b = jax.random.split(key)
     bound_a, bound_b = 1.0 / math.sqrt(d_in), 1.0 / math.sqrt(rank)

@@ -201,11 +201,14 @@ def plan(
 def _check_init(config: LoraConfig) -> None:
     said = [one for rule in config.rules or () for one in (rule, *rule.parts)]
     for init in (config.init, *(one.init for one in said if one.init is not None)):
-        if init not in initializers.names():
-            known = [repr(name) for name in initializers.names()]
+        try:
+            initializers.method(init)
+        except KeyError:
+            known = [*initializers.names(), *initializers.families()]
             raise PlanError(
-                f"`init` = {init!r} is no initializer. Known: {', '.join(known)}."
-            )
+                f"`init` = {init!r} is no initializer. Known: "
+                f"{', '.join(map(repr, known))}."
+            ) from None
 
 
 def _declare(found: dict[str, Leaf], roles: Mapping[str, Any]) -> None:

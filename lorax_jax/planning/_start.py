@@ -129,11 +129,8 @@ def _draw(slot: Slot, key: PRNGKeyArray, dtype: Any) -> dict[str, jax.Array]:
 
 
 def _initializer(slot: Slot, method: Any) -> Callable[..., initializers.Start]:
-    start = initializers.get(method)
-    if not slot.role.lookup:
-        return start
-    zero = start is not initializers.random
-    return functools.partial(initializers.embedding, zero=zero)
+    found = initializers.method(method)
+    return (slot.role.lookup and found.lookup) or found.start
 
 
 def _site_key(key: PRNGKeyArray, site: Site | None, slot: Slot) -> PRNGKeyArray:
