@@ -23,6 +23,7 @@ LEVELS = [
     {"initializers"},
     {"planning"},
     {"merging", "_count"},
+    {"conversion"},
     {"checkpoint", "embedded", "auditing"},
     {"_load_adapted"},
     {"train"},
