@@ -8,13 +8,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from .. import _peft
 from .._errors import CheckpointError, ReplicationError
 from .._names import NameMap
 from ..adapters import Adapter
 from ..planning import Plan
 from ..replication import layers_of
 from . import _kernels, _packed
-from ._arrays import Tensors, shapes
+from ._arrays import FACTORS, Tensors, shapes
 from ._edited import edited
 from ._file_site import FileSite
 from ._files import TENSORS, AdapterFiles
@@ -29,6 +30,8 @@ from ._receipt import Receipt, lines
 from ._resolve import Tree, by_slot, place_by_path, place_by_plan
 from ._safetensors import FLOATS
 from ._sites import part_of
+from ._starts import parted
+from ._unconverted import check_use, with_starts
 
 
 class Loading:
@@ -44,8 +47,13 @@ class Loading:
         conv1d: bool = False,
         norms: bool = True,
         repeated: bool = False,
+        start: Adapter | None = None,
+        is_start: bool = False,
     ):
         self.files = files
+        self.params = params
+        self.start = start  # the untrained adapter
+        self.is_start = is_start  # or this is it, whose factors are wanted as they are
         self.conv1d = conv1d
         self.norms = norms  # whether DoRA's are taken of the base
         self.layer_replication = files.layer_replication
@@ -60,6 +68,15 @@ class Loading:
         self.prefix = PREFIX
         self.rslora = False
         self.bias = "none"
+        self.method, self.residual = True, False
+        if files.record is None:
+            self.method = _peft.read_init(files.config, files.what, trained=True)
+            self.residual = _peft.on_residual(files.config) and not is_start
+        if start is not None and not self.residual:
+            raise CheckpointError(
+                f"`start` is given, and the factors in {files.folder} belong to the "
+                "base itself, not to a residual of it. Leave `start` out."
+            )
         self.missing: list[str] = []
         self.misshapen: list[str] = []
         self.nonfinite: list[str] = []
@@ -75,7 +92,7 @@ class Loading:
         fit = [place for place in placed if self._fits(place)]
         fit = self._one_dtype(fit)
         self._check_bases(fit)
-        self._drop_copies()
+        self._drop_copies({place.site.key for place in fit if place.site.low_rank})
         if strict:
             self._raise()
         loaded = [(place, self._read(place)) for place in fit]
@@ -119,6 +136,10 @@ class Loading:
             plan=self.plan,
         )
         adapter = adapter_of(plan, kept, self.tree if self.norms else None)
+        if self.residual:
+            adapter, plan = with_starts(
+                self.files, adapter, plan, self.params, self.method, self.start
+            )
         return adapter, Receipt(
             expected=expected,
             sites=len(kept),
@@ -155,7 +176,19 @@ class Loading:
         self.promised = found.promised
         self.rslora = bool(self.files.config.get("use_rslora"))
         self.bias = found.bias
-        return found.sites
+        return found.sites if self.is_start else [self._begun(s) for s in found.sites]
+
+    def _begun(self, site: FileSite) -> FileSite:
+        """A site of PEFT's with what is known of its start."""
+        if not site.low_rank or isinstance(self.method, bool):
+            return site
+        if self.residual:
+            check_use(self.files, site, self.method)
+        # PEFT runs MiCA's start for any case of its name, and freezes B for this one.
+        frozen = self.files.config["init_lora_weights"] == "mica"
+        return dataclasses.replace(
+            site, init=self.method, frozen=("b",) if frozen else ()
+        )
 
     def _place(self, sites: list[FileSite]) -> list[Placed]:
         """The sites' places; those without one keep their keys in `left`."""
@@ -195,7 +228,7 @@ class Loading:
                 f"{site.key} is a part of a weight whose axes are viewed as "
                 f"{part.view(slot.shape)}, and {site.path} has the shape {slot.shape}"
             )
-        wanted = shapes(slot, site.rank)
+        wanted = shapes(slot, site.width)
         if site.ranks is not None:
             leaf = dataclasses.replace(slot, role=slot.role.leaf)
             wanted = shapes(leaf, site.module_rank)
@@ -212,7 +245,7 @@ class Loading:
         if site.transposed:
             wanted = {"whole": _kernels.shape_turned(wanted["whole"])}
         for name, key in site.keys(self.prefix).items():
-            self._check_tensor(key, wanted[name])
+            self._check_tensor(key, wanted[name.removesuffix("0")])
         if site.low_rank and site.tied is not None:
             wanted = {"a": wanted["b"][::-1], "b": wanted["a"][::-1]}
         for name, key in site.tied_keys(self.prefix).items():
@@ -303,7 +336,7 @@ class Loading:
         kept = []
         for group in by_slot({place.site: place for place in placed}).values():
             odd: set[str] = set()
-            for names in (("a", "b"), ("bias",), ("magnitude",), ("whole",), ("rows",)):
+            for names in (FACTORS, ("bias",), ("magnitude",), ("whole",), ("rows",)):
                 found = [site.keys(self.prefix) for site, _, _ in group]
                 alike = [keys[name] for keys in found for name in names if name in keys]
                 odd |= self._odd_dtypes(alike)
@@ -340,8 +373,8 @@ class Loading:
                 and differ(place.site.base or "", found[place.index])
             ]
 
-    def _drop_copies(self) -> None:
-        """PEFT writes the base's embedding into a file that adapts it."""
+    def _drop_copies(self, adapted: set[str]) -> None:
+        """PEFT writes the base's embedding and head into a file that adapts them."""
         if self.names is None or self.files.record is not None:
             return
         for name in list(self.left):
@@ -350,6 +383,10 @@ class Loading:
             if tensor == f"{self.names.head}.weight":
                 path = path or self.names.tied
             leaf = self.tree.leaves.get(path or "")
+            if self.residual and tensor.removesuffix(".weight") in adapted:
+                del self.left[name]
+                self.ignored.append(f"{name} (the residual of the base's)")
+                continue
             entry = self.entries[name]
             if entry.dtype is None or not isinstance(leaf, jax.Array | np.ndarray):
                 continue
@@ -371,6 +408,10 @@ class Loading:
             found["whole"] = _kernels.turned_back(found["whole"])
         if place.site.ids:
             found["rows"] = found["rows"][np.argsort(place.site.ids)]
+        found = self._unpacked(place, found)
+        return parted(found) if found and place.site.start == "joined" else found
+
+    def _unpacked(self, place: Placed, found: Tensors) -> Tensors | None:
         if place.site.parameter is not None:
             return _packed.to_ours(place.site.mirrored, place.slot.experts, found)
         if place.site.ranks is not None:

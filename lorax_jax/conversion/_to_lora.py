@@ -11,7 +11,7 @@ import numpy as np
 from jax.core import Tracer
 
 from .._errors import AdapterError
-from ..adapters import Adapter, Fixed, Role, check_parts
+from ..adapters import Adapter, Fixed, Role
 from ..structure import wide
 
 
@@ -103,10 +103,10 @@ def to_lora(adapter: Adapter, *, rank: int | None = None, report: bool = False) 
         )
     train, fixed, reports = dict(adapter.train), dict(adapter.fixed), []
     for name, site in adapter.fixed.items():
-        check_parts(adapter.train[name], site)
         if is_plain(site):
             continue
         held = {**site, **adapter.train[name]}
+        _check_whole(held, site.role)
         new = _joined(held, site.role)
         if rank is not None:
             new, errors = _cut(new, site.role, rank)
@@ -126,6 +126,16 @@ def to_lora(adapter: Adapter, *, rank: int | None = None, report: bool = False) 
 def is_plain(fixed: Fixed) -> bool:
     """Whether a site has neither starting factors nor frozen ones."""
     return not {"a", "b", "a0", "b0"} & set(fixed)
+
+
+def _check_whole(held: dict[str, Any], role: Role) -> None:
+    wanted = ("a", "b", "a0", "b0") if {"a0", "b0"} & set(held) else ("a", "b")
+    missing = [name for name in (*wanted, "scale", "rank") if name not in held]
+    if missing:
+        raise AdapterError(
+            f"The adapter of {role.name!r} lacks {missing}. `train` and `fixed` must "
+            "come from one `init` or `load_adapter`, whole."
+        )
 
 
 def _joined(held: dict[str, Any], role: Role) -> dict[str, jax.Array]:

@@ -234,10 +234,11 @@ def test_experts_groups_and_several_axes():
     adapter = started(plan)
     cut, report = lj.to_lora(adapter, rank=3, report=True)
     before, after = (lj.merge(params, one) for one in (adapter, cut))
-    scale = 1.0
-    change, kept = (
-        np.asarray(x["e"] - params["e"], np.float64) for x in (before, after)
-    )
+
+    def changes(name):
+        return (np.asarray(x[name] - params[name], np.float64) for x in (before, after))
+
+    change, kept = changes("e")
     errors = []
     for one, other in zip(change.reshape(3, 8, 5), kept.reshape(3, 8, 5), strict=True):
         wanted, error = reference_cut(one, 3)
@@ -255,6 +256,14 @@ def test_experts_groups_and_several_axes():
         assert np.abs(other - reference_cut(one, 3)[0]).max() < 1e-5
     # Three outputs have no more than three directions: nothing is lost.
     assert lines["g"].relative_error < 1e-5
+
+
+def test_half_a_start_is_refused(params):
+    train, fixed = started(plan_of(params))
+    half = {n: x for n, x in fixed["out"].items() if n != "b0"}
+    fixed["out"] = Fixed(fixed["out"].role, half)
+    with pytest.raises(AdapterError, match=r"'out' lacks \['b0'\]"):
+        lj.to_lora(lj.Adapter(train, fixed))
 
 
 @pytest.mark.parametrize("rank", [0, -1, 1.5, True, "2"])
