@@ -137,6 +137,9 @@ def write_init(init: Any) -> dict[str, Any]:
 
     Names that PEFT does not have go over as they are, and PEFT refuses them.
 
+    Raises:
+        CheckpointError: if it has options that PEFT has no word for.
+
     >>> write_init("kaiming"), write_init("corda_kpm")["corda_config"]["corda_method"]
     ({'init_lora_weights': True}, 'kpm')
     """
@@ -152,6 +155,11 @@ def write_init(init: Any) -> dict[str, Any]:
         name, _, method = init.partition("_")
         fields = _DEFAULTS[name] | {"corda_method": method}
         return {"init_lora_weights": name, "corda_config": fields}
+    if not isinstance(init, str | bool):
+        raise CheckpointError(
+            f"`init` = {init!r:.80} has options, and which of PEFT's they are is not "
+            "known. Keep the `LoraConfig`, or name the initializer alone."
+        )
     found = {"init_lora_weights": init}
     return found | ({f"{init}_config": _DEFAULTS[init]} if init in _DEFAULTS else {})
 

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from .. import initializers
+from .._errors import LoraxError
 from ._fields import Fields
 
 _MOST = 64
@@ -15,7 +16,7 @@ def encode_init(init: Any) -> Any:
     >>> encode_init("pissa"), encode_init(None)
     ('pissa', None)
     """
-    if not dataclasses.is_dataclass(init):
+    if not dataclasses.is_dataclass(init) or isinstance(init, type):
         return init
     return {"class": type(init).__name__, **dataclasses.asdict(init)}
 
@@ -41,6 +42,6 @@ def decode_init(read: Fields) -> Any:
     try:
         found = kind(**{str(n): v for n, v in said.items() if n != "class"})
         initializers.method(found)
-    except (TypeError, ValueError, KeyError):
+    except (TypeError, ValueError, KeyError, LoraxError):
         raise read.bad("`init`", said) from None
     return found

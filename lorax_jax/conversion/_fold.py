@@ -169,10 +169,11 @@ def _check(params: Any, starts: Adapter) -> None:
 def _check_same(plain: Adapter, start: Adapter) -> None:
     roles = [{n: f.role for n, f in one.fixed.items()} for one in (plain, start)]
     shapes = [
-        {n: jnp.shape({**one.fixed[n], **one.train[n]}.get("a")) for n in one.fixed}
-        if set(one.fixed) == set(one.train)
-        else {}
-        for one in (plain, start)
+        {
+            n: {k: jnp.shape(x[k]) for k in ("a", "b") if k in x}
+            for n, x in sites.items()
+        }
+        for sites in (_arrays(plain), _arrays(start))
     ]
     if roles[0] != roles[1] or shapes[0] != shapes[1]:
         odd = sorted(
@@ -186,13 +187,19 @@ def _check_same(plain: Adapter, start: Adapter) -> None:
         )
 
 
+def _arrays(adapter: Adapter) -> dict[str, dict[str, Any]]:
+    sites = adapter.fixed.items()
+    return {name: {**site, **adapter.train.get(name, {})} for name, site in sites}
+
+
 def _check_residual(residual: Any, base: Any, starts: Adapter) -> None:
     found, wanted = (
         dict(_paths.flatten(tree, is_leaf=is_weight)[0])
         for tree in (residual, merge(base, _negative(starts)))
     )
     for name, site in starts.fixed.items():
-        one, other = found.get(site.role.path), wanted[site.role.path]
+        one: Any = found.get(site.role.path)
+        other = wanted[site.role.path]
         same = getattr(one, "dtype", None) == other.dtype
         if not (same and bool(jnp.array_equal(one, other))):
             raise AdapterError(

@@ -315,6 +315,12 @@ class Gradients:
             raise ValueError("gamma is above 0")
 
 
+def test_options_that_peft_lacks():
+    config = lj.LoraConfig(".*/q/kernel", init=Gradients())  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="which of PEFT's they are is not known"):
+        config.to_peft(NAMES)
+
+
 def test_starts_with_options(monkeypatch):
     options = _peft.Options(
         Gradients,

@@ -1,5 +1,6 @@
 """Starting and frozen factors in files."""
 
+import dataclasses
 import json
 
 import jax
@@ -7,11 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from drawn import started
-from safetensors.numpy import load_file
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 import lorax_jax as lj
-from lorax_jax import checkpoint
-from lorax_jax._errors import CheckpointError
+from lorax_jax import checkpoint, initializers
+from lorax_jax._errors import CheckpointError, LoraxError
+from lorax_jax.checkpoint._record import FIELD
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -19,7 +24,6 @@ CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 @pytest.fixture(scope="module")
 def make_started(make):
     """`make_started(family, scan=...)`: the same with starting factors."""
-    import dataclasses
 
     def build(family="llama", frozen=(), **options):
         made = make(family, **options)
@@ -228,16 +232,19 @@ def test_layers_of_a_stack_freeze_alike(make_started, tmp_path):
         lj.load_adapter(tmp_path, stacked.params)
 
 
-@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "mica"])
-def test_the_initializers_name(make_started, make, tmp_path, init):
-    import dataclasses
-
-    made = make_started(frozen=("b",) if init == "mica" else ())
+def started_with(plan, init):
+    """The plan as if another initializer had been asked for."""
     slots = []
-    for slot in made.plan.slots:
+    for slot in plan.slots:
         sites = [s and dataclasses.replace(s, init=init) for s in slot.sites]
         slots.append(dataclasses.replace(slot, sites=tuple(sites)))
-    plan = dataclasses.replace(made.plan, slots=tuple(slots))
+    return dataclasses.replace(plan, slots=tuple(slots))
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "mica"])
+def test_the_initializers_name(make_started, make, tmp_path, init):
+    made = make_started(frozen=("b",) if init == "mica" else ())
+    plan = started_with(made.plan, init)
     lj.save_adapter(tmp_path, made.adapter, plan=plan, names=made.names)
     for scan in (False, True):
         _, receipt = lj.load_adapter(tmp_path, make(scan=scan).params)
@@ -299,3 +306,116 @@ def test_counts(make_started, make):
     assert counts[2].total == counts[0].total
     held = sum(x["b"].size for x in plain.adapter.train.values())
     assert counts[2].trainable == counts[0].trainable - held
+
+
+# --- Metadata that was changed --------------------------------------------------------
+
+
+def change(folder, edit):
+    """Writes the tensors again with metadata that `edit` changed in place."""
+    with safe_open(folder / TENSORS, framework="np") as file:
+        record = json.loads(file.metadata()[FIELD])
+    edit(record)
+    metadata = {FIELD: json.dumps(record)}
+    save_file(load_file(folder / TENSORS), folder / TENSORS, metadata=metadata)
+
+
+def site(**fields):
+    return lambda record: record["sites"][0].update(fields)
+
+
+CHANGES = {
+    "apart": (site(start="apart"), "has starting or frozen factors = "),
+    "no start": (site(start=None), "disagree about .*rank"),
+    "another start": (site(start="both"), "has `start` = 'both'"),
+    "a number": (site(start=3), "has `start` = 3"),
+    "version": (lambda r: r.update(version=2), "has starting or frozen factors = "),
+    "a rank": (site(rank=3), "disagree about .*rank"),
+    "all frozen": (site(frozen=["a", "b"]), "has `frozen` = "),
+    "frozen text": (site(frozen="b"), "has `frozen` = 'b'"),
+    "frozen scale": (site(frozen=["scale"]), "has `frozen` = "),
+    "a start of rows": (
+        site(start="joined", kind="rows", rank=0, ids=[1]),
+        "has starting factors in a site of the kind = 'rows'",
+    ),
+    "no init": (site(init=3), "has `init` = 3"),
+    "endless init": (site(init="x" * 1000), "has `init` = 'xxx"),
+    "options": (site(init={"class": "Start", "a": 1}), "has `init` = "),
+    "a class of others": (site(init={"class": "dataclasses"}), "has `init` = "),
+    "options of none": (site(init={"a": [1]}), "has `init` = "),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_changed_metadata(make_started, tmp_path, case):
+    edit, message = CHANGES[case]
+    made = make_started()
+    made.save(tmp_path)
+    change(tmp_path, edit)
+    with pytest.raises(CheckpointError, match=message):
+        lj.load_adapter(tmp_path, made.params)
+
+
+def test_apart_is_not_joined(make_started, tmp_path):
+    made = make_started()
+    made.save(tmp_path, names=None)
+    change(tmp_path, site(start="joined"))
+    with pytest.raises(CheckpointError, match="has starting or frozen factors = "):
+        lj.load_adapter(tmp_path, made.params)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_any_value_is_an_error_or_read(make_started, tmp_path_factory, data):
+    made = make_started(scan=data.draw(st.booleans()))
+    folder = tmp_path_factory.mktemp("meta")
+    made.save(folder, names=data.draw(st.sampled_from([None, made.names])))
+    field = data.draw(st.sampled_from(["start", "frozen", "init", "rank", "ranks"]))
+    values = st.none() | st.integers() | st.sampled_from(["joined", "apart", "b"])
+    value = data.draw(values | st.lists(values, max_size=3))
+    change(folder, site(**{field: value}))
+    try:
+        lj.load_adapter(folder, made.params, strict=data.draw(st.booleans()))
+    except LoraxError:
+        pass
+
+
+@dataclasses.dataclass(frozen=True)
+class Directions:
+    """Options as an initializer may have them."""
+
+    direction: str = "ArB2r"
+    gamma: float = 16
+
+
+def test_options_of_an_initializer(make_started, make, tmp_path, monkeypatch):
+    monkeypatch.setattr(initializers, "Directions", Directions, raising=False)
+    known = initializers.method("kaiming")
+    monkeypatch.setattr(
+        initializers, "method", lambda name: {Directions("ArBr", 9): known}[name]
+    )
+    made, init = make_started(), Directions("ArBr", 9)
+    plan = started_with(made.plan, init)
+    lj.save_adapter(tmp_path, made.adapter, plan=plan, names=made.names)
+    _, receipt = lj.load_adapter(tmp_path, made.params)
+    assert {site.init for site in receipt.plan} == {init}
+    # Values that its class, or what it is registered for, does not take.
+    for wrong in ({"class": "Directions", "gamma": 1}, {"class": "Directions", "x": 1}):
+        change(tmp_path, site(init=wrong))
+        with pytest.raises(CheckpointError, match="has `init` = "):
+            lj.load_adapter(tmp_path, made.params)
+
+
+def test_merged_exports_of_parts(make_started, base_folder, tmp_path):
+    parts = {"q": {-1: (0, 16), "rank": 2}, "v": {-1: (32, 48), "rank": 3}}
+    made = make_started(
+        "gpt2", rules={".*/c_attn/kernel": {"parts": parts}}, alpha=None
+    )
+    base = base_folder(made)
+    made.save(tmp_path / "a")
+    merged = lj.models.to_hf(made.model, lj.merge(made.params, made.adapter))
+    for i, names in enumerate((made.names, None)):
+        out = tmp_path / f"out{i}"
+        lj.export_merged(base, tmp_path / "a", out, names=names)
+        for name, tensor in load_file(out / "model.safetensors").items():
+            np.testing.assert_allclose(tensor, merged[name], rtol=0, atol=1e-6)
