@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from .. import _peft
 from .._errors import CheckpointError, ReplicationError
 from .._names import NameMap
 from ..adapters import Adapter
@@ -16,6 +15,7 @@ from ..planning import Plan
 from ..replication import layers_of
 from . import _kernels, _packed
 from ._arrays import FACTORS, Tensors, shapes
+from ._base_copies import base_copies
 from ._edited import edited
 from ._file_site import FileSite
 from ._files import TENSORS, AdapterFiles
@@ -31,7 +31,7 @@ from ._resolve import Tree, by_slot, place_by_path, place_by_plan
 from ._safetensors import FLOATS
 from ._sites import part_of
 from ._starts import parted
-from ._unconverted import check_use, with_starts
+from ._unconverted import Begun
 
 
 class Loading:
@@ -52,8 +52,7 @@ class Loading:
     ):
         self.files = files
         self.params = params
-        self.start = start  # the untrained adapter
-        self.is_start = is_start  # or this is it, whose factors are wanted as they are
+        self.begun = Begun(files, start, is_start=is_start)
         self.conv1d = conv1d
         self.norms = norms  # whether DoRA's are taken of the base
         self.layer_replication = files.layer_replication
@@ -68,15 +67,6 @@ class Loading:
         self.prefix = PREFIX
         self.rslora = False
         self.bias = "none"
-        self.method, self.residual = True, False
-        if files.record is None:
-            self.method = _peft.read_init(files.config, files.what, trained=True)
-            self.residual = _peft.on_residual(files.config) and not is_start
-        if start is not None and not self.residual:
-            raise CheckpointError(
-                f"`start` is given, and the factors in {files.folder} belong to the "
-                "base itself, not to a residual of it. Leave `start` out."
-            )
         self.missing: list[str] = []
         self.misshapen: list[str] = []
         self.nonfinite: list[str] = []
@@ -92,7 +82,7 @@ class Loading:
         fit = [place for place in placed if self._fits(place)]
         fit = self._one_dtype(fit)
         self._check_bases(fit)
-        self._drop_copies({place.site.key for place in fit if place.site.low_rank})
+        self._drop_copies(fit)
         if strict:
             self._raise()
         loaded = [(place, self._read(place)) for place in fit]
@@ -136,10 +126,7 @@ class Loading:
             plan=self.plan,
         )
         adapter = adapter_of(plan, kept, self.tree if self.norms else None)
-        if self.residual:
-            adapter, plan = with_starts(
-                self.files, adapter, plan, self.params, self.method, self.start
-            )
+        adapter, plan = self.begun.on_the_base(adapter, plan, self.params)
         return adapter, Receipt(
             expected=expected,
             sites=len(kept),
@@ -176,19 +163,7 @@ class Loading:
         self.promised = found.promised
         self.rslora = bool(self.files.config.get("use_rslora"))
         self.bias = found.bias
-        return found.sites if self.is_start else [self._begun(s) for s in found.sites]
-
-    def _begun(self, site: FileSite) -> FileSite:
-        """A site of PEFT's with what is known of its start."""
-        if not site.low_rank or isinstance(self.method, bool):
-            return site
-        if self.residual:
-            check_use(self.files, site, self.method)
-        # PEFT runs MiCA's start for any case of its name, and freezes B for this one.
-        frozen = self.files.config["init_lora_weights"] == "mica"
-        return dataclasses.replace(
-            site, init=self.method, frozen=("b",) if frozen else ()
-        )
+        return [self.begun.told(site) for site in found.sites]
 
     def _place(self, sites: list[FileSite]) -> list[Placed]:
         """The sites' places; those without one keep their keys in `left`."""
@@ -373,28 +348,21 @@ class Loading:
                 and differ(place.site.base or "", found[place.index])
             ]
 
-    def _drop_copies(self, adapted: set[str]) -> None:
-        """PEFT writes the base's embedding and head into a file that adapts them."""
+    def _drop_copies(self, placed: list[Placed]) -> None:
         if self.names is None or self.files.record is not None:
             return
-        for name in list(self.left):
-            tensor = name.removeprefix(self.prefix).replace(".base_layer.", ".")
-            path = self.names.path(tensor)
-            if tensor == f"{self.names.head}.weight":
-                path = path or self.names.tied
-            leaf = self.tree.leaves.get(path or "")
-            if self.residual and tensor.removesuffix(".weight") in adapted:
-                del self.left[name]
-                self.ignored.append(f"{name} (the residual of the base's)")
-                continue
-            entry = self.entries[name]
-            if entry.dtype is None or not isinstance(leaf, jax.Array | np.ndarray):
-                continue
-            theirs = self.files.tensors.read(name).astype(leaf.dtype)
-            theirs = theirs.T if self.names.layout(path or "") == "linear" else theirs
-            if np.array_equal(theirs, np.asarray(leaf)):
-                del self.left[name]
-                self.ignored.append(f"{name} (a copy of the base's)")
+        adapted = {place.site.key for place in placed if place.site.low_rank}
+        found = base_copies(
+            self.left,
+            self.files.tensors,
+            self.names,
+            self.tree,
+            prefix=self.prefix,
+            residuals=adapted if self.begun.residual else set(),
+        )
+        for key, what in found.items():
+            del self.left[key]
+            self.ignored.append(f"{key} ({what})")
 
     def _read(self, place: Placed) -> Tensors | None:
         """A site's tensors, unless they hold NaN or infinity."""

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .. import _paths
+from .. import _paths, _peft
 from .._errors import CheckpointError
 from ..adapters import Adapter, Fixed, is_weight
 from ..planning import Plan, init
@@ -25,49 +25,92 @@ from ._files import CONFIG, AdapterFiles
 FROM_THE_WEIGHT = ("pissa", "olora")
 
 
-def with_starts(
-    files: AdapterFiles,
-    adapter: Adapter,
-    plan: Plan,
-    params: Any,
-    method: Any,
-    start: Adapter | None,
-) -> tuple[Adapter, Plan]:
-    """The adapter of a residual base as one of the base.
+class Begun:
+    """How the factors of a folder started, and what that makes of them.
 
     Args:
-        files: the folder that it is from.
-        adapter: what the folder holds.
-        plan: its plan.
-        params: the base's parameters.
-        method: the initializer.
+        files: the open folder.
         start: the untrained adapter, if it was given.
-
-    Returns:
-        The same with starting factors, in float32 or wider: PEFT's residual is that of
-        factors which were not rounded.
+        is_start: this is the untrained adapter, whose factors are wanted as they are.
 
     Raises:
-        CheckpointError: if the starting factors cannot be known.
+        CheckpointError: if `start` is given and of no use, or the start is not known.
     """
-    # PEFT has none of these starts for tables: their adapters start at zero.
-    names = [name for name, fixed in adapter.fixed.items() if _starts(fixed)]
-    if start is not None:
-        _check_start(files, adapter, start, names)
-        found = {n: (start.train[n]["a"], start.train[n]["b"]) for n in names}
-    else:
-        found = _recomputed(files, adapter, plan, params, method, names)
-    train, fixed = dict(adapter.train), dict(adapter.fixed)
-    for name in names:
-        a, b = (_wide(adapter.train[name][n]) for n in ("a", "b"))
-        a0, b0 = (x.astype(a.dtype) for x in found[name])
-        if start is None:
-            a0, b0 = _near(a0, b0, a, len(fixed[name].role.batch))
-        train[name] = adapter.train[name] | {"a": a, "b": b}
-        fixed[name] = Fixed(fixed[name].role, {**fixed[name], "a0": a0, "b0": b0})
-    dtype = next(x["a"].dtype for x in train.values() if "a" in x)
-    config = dataclasses.replace(plan.config, dtype=dtype)
-    return Adapter(train, fixed), dataclasses.replace(plan, config=config)
+
+    def __init__(
+        self, files: AdapterFiles, start: Adapter | None, *, is_start: bool = False
+    ):
+        self.files, self.start = files, start
+        self.method: Any = True
+        if files.record is None and not is_start:
+            self.method = _peft.read_init(files.config, files.what, trained=True)
+        self.residual = self.method is not True and _peft.on_residual(files.config)
+        if start is not None and not self.residual:
+            raise CheckpointError(
+                f"`start` is given, and the factors in {files.folder} belong to the "
+                "base itself, not to a residual of it. Leave `start` out."
+            )
+
+    def told(self, site: FileSite) -> FileSite:
+        """A site of PEFT's with what is known of its start.
+
+        Raises:
+            CheckpointError: for the head of a tied table, whose start is missing in the
+                table too.
+        """
+        if not site.low_rank or isinstance(self.method, bool):
+            return site
+        if self.residual and (site.use == "head" or site.tied is not None):
+            raise CheckpointError(
+                f"{self.files.what} has `init_lora_weights` = {self.method!r} and "
+                f"adapts the head that shares {site.path!r}: PEFT took the start out "
+                "of the table that the lookup reads, too, which no adapter undoes. "
+                "Merge it there with `merge_and_unload`, and load the merged model."
+            )
+        # PEFT runs MiCA's start for any case of its name, and freezes B for this one.
+        frozen = self.files.config["init_lora_weights"] == "mica"
+        return dataclasses.replace(
+            site, init=self.method, frozen=("b",) if frozen else ()
+        )
+
+    def on_the_base(
+        self, adapter: Adapter, plan: Plan, params: Any
+    ) -> tuple[Adapter, Plan]:
+        """The folder's adapter as one of the base itself.
+
+        Args:
+            adapter: what the folder holds.
+            plan: its plan.
+            params: the base's parameters.
+
+        Returns:
+            The same if its factors belong to the base; else with starting factors, in
+            float32 or wider: PEFT's residual is that of factors that were not rounded.
+
+        Raises:
+            CheckpointError: if the starting factors cannot be known.
+        """
+        if not self.residual:
+            return adapter, plan
+        # PEFT has none of these starts for tables: their adapters start at zero.
+        names = [name for name, fixed in adapter.fixed.items() if _starts(fixed)]
+        if self.start is not None:
+            _check_start(self.files, adapter, self.start, names)
+            held = {name: self.start.train[name] for name in names}
+            found = {name: (held[name]["a"], held[name]["b"]) for name in names}
+        else:
+            found = _recomputed(self.files, adapter, plan, params, self.method, names)
+        train, fixed = dict(adapter.train), dict(adapter.fixed)
+        for name in names:
+            a, b = (_wide(adapter.train[name][n]) for n in ("a", "b"))
+            a0, b0 = (x.astype(a.dtype) for x in found[name])
+            if self.start is None:
+                a0, b0 = _near(a0, b0, a, len(fixed[name].role.batch))
+            train[name] = adapter.train[name] | {"a": a, "b": b}
+            fixed[name] = Fixed(fixed[name].role, {**fixed[name], "a0": a0, "b0": b0})
+        dtype = next(x["a"].dtype for x in train.values() if "a" in x)
+        config = dataclasses.replace(plan.config, dtype=dtype)
+        return Adapter(train, fixed), dataclasses.replace(plan, config=config)
 
 
 def _starts(fixed: Fixed) -> bool:
@@ -76,17 +119,6 @@ def _starts(fixed: Fixed) -> bool:
 
 def _wide(array: Any) -> jax.Array:
     return array.astype(jnp.promote_types(array.dtype, jnp.float32))
-
-
-def check_use(files: AdapterFiles, site: FileSite, method: Any) -> None:
-    """Raises for the head of a tied table, whose start is missing in the table too."""
-    if site.use == "head" or site.tied is not None:
-        raise CheckpointError(
-            f"{files.what} has `init_lora_weights` = {method!r} and adapts the head "
-            f"that shares {site.path!r}: PEFT took the start out of the table that the "
-            "lookup reads, too, which no adapter undoes. Merge it there with "
-            "`merge_and_unload`, and load the merged model."
-        )
 
 
 def _recomputed(
