@@ -44,10 +44,6 @@ class TransformError(LoraxError, TypeError):
     """A function uses an adapted weight in a way that has no factored form."""
 
 
-class CaptureError(LoraxError, ValueError):
-    """Statistics or gradients cannot be gathered, or what was gathered is no use."""
-
-
 class FollowError(LoraxError, ValueError):
     """Nothing says in which order the tokens of an array stand."""
 

@@ -6,6 +6,7 @@ from ._matrices import weight_matrices as weight_matrices
 from ._plan import Memory as Memory
 from ._plan import Plan as Plan
 from ._plan import plan as plan
+from ._resize import fitted as fitted
 from ._resize import resized as resized
 from ._sites import Site as Site
 from ._sites import Slot as Slot
