@@ -66,8 +66,7 @@ def _values(arrays: dict[str, Any], fixed: Fixed) -> int:
     beside = sum(math.prod(x.shape) for n, x in arrays.items() if n not in factors)
     if not factors:
         return beside
-    rank_axis = {"a": -1, "b": len(fixed.role.batch)}
-    padded = arrays[factors[0]].shape[rank_axis[factors[0]]]
+    padded = _padded(arrays, fixed)
     per_rank = sum(math.prod(arrays[name].shape) for name in factors) // padded
     rank = fixed["rank"]
     if isinstance(rank, jax.ShapeDtypeStruct | Tracer):

@@ -183,7 +183,8 @@ _MOST = 2.0**24
 
 
 def _svd(matrix: Array) -> tuple[Array, Array, Array]:
-    return jnp.linalg.svd(matrix, full_matrices=False)
+    u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
+    return u, s, vt
 
 
 def _product(x: Array, y: Array) -> Array:
