@@ -1,12 +1,11 @@
 """Tokens inside calls, branches and loops: for each primitive, one function."""
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from . import _jaxpr
-from ._stretches import Axes, Axis, Lost, Shard, Stretch, join, tidy
+from ._stretches import Axes, Axis, Lost, Shard, entire, join, tidy
 
 if TYPE_CHECKING:
     from ._follow import Walk
@@ -91,19 +90,17 @@ def _shard_map(walk: "Walk", eqn: Any, operands: list[Axes]) -> list[Axes]:
         if first.label is None or first.size % parts:
             return lose("they are divided among devices beside something else")
         size = first.size // parts
-        mine = Stretch(Shard(first, names), size, whole=size, extent=size)
-        return tidy((mine, *axis[1:]))
+        return tidy((*entire(Shard(first, names), size), *axis[1:]))
 
-    def leave(axis: Axis, names: tuple[str, ...], size: int) -> Axis:
+    def leave(axis: Axis, names: tuple[str, ...]) -> Axis:
         parts = math.prod(sizes[name] for name in names)
         if isinstance(axis, Lost):
             return axis
         first = axis[0] if axis else None
         if parts > 1 and first and isinstance(first.label, Shard):
             of = first.label.of
-            whole = Stretch(first.label, of.size // parts)
-            whole = dataclasses.replace(whole, whole=whole.size, extent=whole.size)
-            if first == whole and first.label.names == names:
+            mine = entire(first.label, of.size // parts)
+            if (first,) == mine and first.label.names == names:
                 axis, parts = (of, *axis[1:]), 1
         if any(isinstance(one.label, Shard) for one in axis):
             return lose("results of several devices are not put back as they were")
@@ -111,10 +108,10 @@ def _shard_map(walk: "Walk", eqn: Any, operands: list[Axes]) -> list[Axes]:
             return lose("every device has all of them, and the results are joined")
         return axis
 
-    def each(change, axes: Axes, spec: Any, *more) -> Axes:
+    def each(change, axes: Axes, spec: Any) -> Axes:
         names = [_names(entry) for entry in tuple(spec)]
         names += [()] * (len(axes) - len(names))
-        return tuple(map(change, axes, names, *more))
+        return tuple(map(change, axes, names))
 
     inside = [
         each(enter, axes, spec)
@@ -122,8 +119,8 @@ def _shard_map(walk: "Walk", eqn: Any, operands: list[Axes]) -> list[Axes]:
     ]
     outs = walk.inside(params["jaxpr"], inside)
     return [
-        each(leave, axes, spec, var.aval.shape)
-        for axes, spec, var in zip(outs, params["out_specs"], eqn.outvars, strict=True)
+        each(leave, axes, spec)
+        for axes, spec in zip(outs, params["out_specs"], strict=True)
     ]
 
 

@@ -140,6 +140,10 @@ OPERATIONS = {
         lambda x: x + jnp.pad(x, ((0, 0), (1, 0), (0, 0)))[:, :-1],
         [BATCH, "-", ()],
     ),
+    "a part of a chunk": (
+        lambda x: x.reshape(B, 2, 3, D)[:, 1, :2],
+        [BATCH, "-", ()],
+    ),
     "roll": (lambda x: jnp.roll(x, 1, 1), [BATCH, "-", ()]),
     "reversed twin": (lambda x: x + x[:, ::-1], [BATCH, "-", ()]),
     "cls": (
