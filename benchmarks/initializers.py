@@ -27,7 +27,7 @@ import lorax_jax as lj
 from lorax_jax import capturing, embedded, models, statistics
 
 METHODS = ("kaiming", "pissa", "olora", "eva", "corda_ipm", "lora_ga")
-RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
+RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 
 
 def rows_of(folder, length):
@@ -62,7 +62,7 @@ def started(method, model, params, rows, options):
         stats = gather.run(params, [ids[:, :-1] for ids in batches])
         if moments:
             spectra = lj.spectra(plan, stats=stats, size=2 * options.rank)
-            shares = {n: v / spectra.total[n] for n, v in spectra.values.items()}
+            shares = {name: v / spectra.totals[name] for name, v in spectra.items()}
             plan = capturing.redistribute(plan, shares, rho=2.0)
     if method == "lora_ga":
         loss = functools.partial(loss_of, model.apply)
@@ -155,7 +155,16 @@ def compare(options):
                 flush=True,
             )
         out["methods"][method] = found
+        if options.save:
+            write(out, options)
     return out
+
+
+def write(out, options):
+    """The curves so far: a long run that is stopped keeps what it has."""
+    out |= {"machine": machine(), "options": vars(options)}
+    with open(f"{options.out}/initializers_{options.save}.json", "w") as file:
+        json.dump(out, file)
 
 
 def at_best(found, every):
@@ -243,13 +252,10 @@ def parsed(arguments=None):
 
 def main(arguments=None):
     options = parsed(arguments)
-    result = compare(options) | {"machine": machine(), "options": vars(options)}
+    result = compare(options)
     print(table(result, options))
     if options.save:
-        path = f"{options.out}/initializers_{options.save}"
-        with open(f"{path}.json", "w") as file:
-            json.dump(result, file)
-        plot(result, options, f"{path}.png")
+        plot(result, options, f"{options.out}/initializers_{options.save}.png")
 
 
 if __name__ == "__main__":

@@ -183,7 +183,8 @@ class Tap(Term):
         here = Factor(here, self.layer.axes).aligned(axes) + 0 * within
         at = here.reshape(number.shape), (within + 0 * here).reshape(number.shape)
         context = jax.tree.map(lambda leaf: leaf[at], self._contexts())
-        same = jax.vmap(self.about.statistic.observe, in_axes=(None, None, 0))
+        observe, several = self.about.statistic.observe, number.shape[1]
+        same = jax.vmap(observe, in_axes=(None, None, 0), axis_size=several)
         values = jax.vmap(same, in_axes=(0, None if weights is None else 0, 0))(
             array, weights, context
         )

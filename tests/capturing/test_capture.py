@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import lorax_jax as lj
 from lorax_jax.capturing import Stats, capture
 from lorax_jax.errors import CaptureError, TransformError
-from lorax_jax.statistics import Moments, Sketch
+from lorax_jax.statistics import Moments, SecondMoment, Sketch
 
 EPS = np.finfo(np.float32).eps
 
@@ -108,6 +108,14 @@ def test_batches_are_added(stat):
     assert int(parts.batches) == 3
     apart = gather.run(params, [x[:4]]).merge(gather.run(params, [x[4:]]))
     close(apart["w"].principal(2).variances, once["w"].principal(2).variances)
+
+
+def test_statistics_without_a_context():
+    fn, params, x, plan = small()
+    gather = capture(fn, plan, stat=SecondMoment(normalize=False))
+    state = gather.run(params, [x, x])["w"]
+    expected = np.asarray(x, np.float64).T @ np.asarray(x, np.float64)
+    np.testing.assert_allclose(state.second_moment(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_one_program_for_all_batches():
