@@ -125,11 +125,12 @@ def _read(leaf, layers, keys, stats, role, begin, rank, scale) -> initializers.S
         return lax.map(of_layer, (layers, keys, stats))
 
     mesh = _explicit_mesh(leaf)
-    if mesh is not None:
-        # Decompositions know no layouts over a mesh: XLA chooses them.
-        whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-        every = jax.sharding.auto_axes(every, out_sharding=whole)
-    return every(leaf, layers, keys, stats)
+    if mesh is None:
+        return every(leaf, layers, keys, stats)
+    # Decompositions know no layouts over a mesh: XLA chooses them.
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    placed: Any = jax.sharding.auto_axes(every, out_sharding=whole)
+    return placed(leaf, layers, keys, stats)
 
 
 def _explicit_mesh(leaf: Any) -> Any:

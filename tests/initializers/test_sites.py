@@ -108,6 +108,14 @@ def test_a_frozen_factor_is_no_parameter(key, dora):
     assert plan.trainable - smaller.trainable == 2 * 12
 
 
+@pytest.mark.parametrize("name", ["pissa", "mica"])
+def test_an_audit_finds_nothing(key, name):
+    params, fn, x = stack(key)
+    plan = lj.plan(lj.LoraConfig("./w", rank=2, init=name), params, fn, (x,))
+    adapter = lj.init(plan, params, key=key)
+    lj.audit(fn, params, adapter, x).raise_if_failed()
+
+
 # What is refused.
 
 
