@@ -19,8 +19,8 @@ from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 # `svd_top` iterates until |G x - t x| is below this share of the largest eigenvalue t
-# of the Gram matrix G: some tens of roundings of float32.
-TOLERANCE = 3e-6
+# of the Gram matrix G: under a hundred roundings of float32.
+TOLERANCE = 1e-5
 
 # Where |W^T u - s v| is then above this share of the largest singular value, the matrix
 # is decomposed in full.
@@ -29,7 +29,7 @@ ACCEPTED = 3e-5
 # A filter may blow the leading direction up by this much over the last one wanted:
 # more, and the last one drowns in float32's rounding of the first.
 _AMPLIFIED = 1e4
-_DEGREE = 10
+_DEGREE = 12
 _ROUNDS = 40
 
 
