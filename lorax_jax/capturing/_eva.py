@@ -100,6 +100,20 @@ def eva(
     Warns:
         CaptureWarning: if sites have not settled when `max_batches` or the batches end.
 
+    Example:
+        >>> import jax, lorax_jax as lj
+        >>> from lorax_jax.statistics import Pca
+        >>> weight, stat = jax.ShapeDtypeStruct((6, 4), "float32"), Pca(2)
+        >>> roles = {"w": {"inputs": (0,), "outputs": (1,)}}
+        >>> plan = lj.plan(lj.LoraConfig("w", rank=1), {"w": weight}, roles=roles)
+        >>> def step(states, rows):  # the model: what it feeds to "w"
+        ...     sums = stat.observe(rows, None, stat.context(states["w"]))
+        ...     return {"w": stat.update(states["w"], sums)}
+        >>> batches = [jax.random.normal(jax.random.key(i), (9, 6)) for i in range(3)]
+        >>> found = eva(plan, step, {"w": stat.init(6)}, batches, tau=0.5)
+        >>> [(site.path, site.rank) for site in found.plan], found.unsettled
+        ([('w', 1)], ())
+
     References:
         Paischer et al., "Parameter Efficient Fine-tuning via Explained Variance
         Adaptation", 2024. https://arxiv.org/abs/2410.07170
