@@ -10,6 +10,15 @@ from .adapters import Adapter as Adapter
 from .adapters import bind as bind
 from .transform import adapt as adapt
 from .merging import merge as merge
+from .capturing import capture as capture
+from .capturing import capture_grad as capture_grad
+from .allocating import allocate as allocate
+from .allocating import kappa as kappa
+from .allocating import plot_spectra as plot_spectra
+from .allocating import spectra as spectra
+from .conversion import fold as fold
+from .conversion import unfold as unfold
+from .conversion import to_lora as to_lora
 from .planning import grow as grow
 from ._growth import Growth as Growth
 from ._count import count as count

@@ -44,6 +44,10 @@ class TransformError(LoraxError, TypeError):
     """A function uses an adapted weight in a way that has no factored form."""
 
 
+class FollowError(LoraxError, ValueError):
+    """Nothing says in which order the tokens of an array stand."""
+
+
 class AuditError(LoraxError, AssertionError):
     """A train step fails a check of `audit`, or cannot be audited."""
 

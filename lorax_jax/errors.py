@@ -6,6 +6,7 @@ from ._errors import CaptureError as CaptureError
 from ._errors import CaptureWarning as CaptureWarning
 from ._errors import CheckpointError as CheckpointError
 from ._errors import ConfigError as ConfigError
+from ._errors import FollowError as FollowError
 from ._errors import GrowthError as GrowthError
 from ._errors import LoraxError as LoraxError
 from ._errors import PlanError as PlanError

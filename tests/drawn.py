@@ -8,7 +8,26 @@ from lorax_jax import _paths
 from lorax_jax.adapters import Fixed, base_norm, is_weight
 
 
-def drawn(plan, params=None, size=0.3):
+def started(plan, params=None, frozen=()):
+    """The same, with starting factors that its own have moved from.
+
+    `frozen` names factors that are kept fixed.
+    """
+    train, fixed = drawn(plan, params)
+    moves = drawn(plan, params, size=0.1, seed=1).train
+    for name, site in fixed.items():
+        if "a" not in train[name]:
+            continue
+        values = {**site}
+        if not frozen:
+            values |= {f"{n}0": train[name][n] - moves[name][n] for n in ("a", "b")}
+        held = {n: x for n, x in train[name].items() if n in frozen}
+        train[name] = {n: x for n, x in train[name].items() if n not in frozen}
+        fixed[name] = Fixed(site.role, values | held)
+    return lj.Adapter(train, fixed)
+
+
+def drawn(plan, params=None, size=0.3, seed=0):
     """An adapter of a plan with every array drawn, without a compilation.
 
     `params` is needed for DoRA alone, whose norms are the base's.
@@ -21,7 +40,7 @@ def drawn(plan, params=None, size=0.3):
         arrays = {name: np.zeros(shape) for name, shape in slot.shapes().items()}
         for i, site in enumerate(slot.sites):
             if site is not None:
-                _fill(slot, site, i, arrays, size)
+                _fill(slot, site, i, arrays, size, seed)
         train[slot.name] = {n: jnp.asarray(x, jnp.float32) for n, x in arrays.items()}
         values = _fixed(slot)
         if slot.role.kind == "dora":
@@ -30,8 +49,8 @@ def drawn(plan, params=None, size=0.3):
     return lj.Adapter(train, fixed)
 
 
-def _fill(slot, site, i, arrays, size):
-    draw = np.random.default_rng([ord(c) for c in site.name])
+def _fill(slot, site, i, arrays, size, seed):
+    draw = np.random.default_rng([*[ord(c) for c in site.name], *[seed] * (seed > 0)])
     at = np.unravel_index(i, slot.layers) if slot.layers else ()
     if slot.role.kind == "whole":
         whole, axes = arrays["whole"], slot.role.stacked

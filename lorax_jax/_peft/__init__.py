@@ -14,6 +14,11 @@ from ._fields import flag as flag
 from ._fields import layer_replication as layer_replication
 from ._fields import number as number
 from ._from_peft import from_peft as from_peft
+from ._inits import Options as Options
+from ._inits import on_residual as on_residual
+from ._inits import read_init as read_init
+from ._inits import register_options as register_options
+from ._inits import write_init as write_init
 from ._modules import LAYERS as LAYERS
 from ._modules import is_linear as is_linear
 from ._parameters import Parameters as Parameters

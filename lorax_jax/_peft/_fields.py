@@ -63,7 +63,9 @@ _HANDLED = {
     "alpha_pattern",
     "base_model_name_or_path",
     "bias",
+    "corda_config",
     "ensure_weight_tying",
+    "eva_config",
     "exclude_modules",
     "fan_in_fan_out",
     "init_lora_weights",
@@ -73,6 +75,7 @@ _HANDLED = {
     "lora_alpha",
     "lora_bias",
     "lora_dropout",
+    "lora_ga_config",
     "modules_to_save",
     "peft_type",
     "r",
@@ -85,15 +88,11 @@ _HANDLED = {
     "use_rslora",
 }
 
-# Knowingly ignored: about classes and versions, or about how training started, which
-# the factors in a file already reflect.
+# Knowingly ignored: about classes and versions, or without a meaning by themselves.
 _IGNORED = {
     "auto_mapping",
-    "corda_config",
-    "eva_config",
     "inference_mode",
     "loftq_config",
-    "lora_ga_config",
     "megatron_core",
     "peft_version",
     "qalora_group_size",
@@ -113,19 +112,13 @@ _REFUSED = {
     "velora_config": "VeLoRA keeps projections beside the factors",
 }
 
-# Initializations that replace the base by a residual. The factors of such a file are
-# right on that residual and wrong on the original base.
-_MUTATING = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
-
-def check_fields(config: Mapping[str, Any], what: str, *, trained: bool = True) -> None:
+def check_fields(config: Mapping[str, Any], what: str) -> None:
     """Refuses a configuration that asks for what is not known here, by name.
 
     Args:
         config: the fields.
         what: what to call it in messages.
-        trained: it describes factors in a file, so initializations that replace the
-            base are refused. `False` for a configuration to start from.
 
     Raises:
         CheckpointError: naming every field that is refused or unknown.
@@ -160,14 +153,6 @@ def check_fields(config: Mapping[str, Any], what: str, *, trained: bool = True) 
             + "\n".join(set_[:8])
             + "\nMerge the adapter with PEFT's `merge_and_unload` and load the merged "
             "model, or train it without."
-        )
-    init = config.get("init_lora_weights", True)
-    if trained and isinstance(init, str) and init.lower().startswith(_MUTATING):
-        raise CheckpointError(
-            f"{what} has `init_lora_weights` = {init!r}, which trains on a residual of "
-            "the base: its factors are wrong on the original. Convert them with PEFT's "
-            "`save_pretrained(..., path_initial_model_for_weight_conversion=...)`, "
-            "which writes plain LoRA."
         )
 
 

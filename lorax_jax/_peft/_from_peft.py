@@ -21,6 +21,7 @@ from ._fields import (
     layer_replication,
     number,
 )
+from ._inits import read_init
 from ._modules import ALL_LINEAR, LAYERS, WHAT, group, is_linear
 from ._parameters import Parameters, check_owners
 from ._patterns import endings
@@ -58,12 +59,11 @@ def from_peft(config: Mapping[str, Any], names: NameMap) -> dict[str, Any]:
 
 
 def _from_peft(config: Mapping[str, Any], names: NameMap) -> dict[str, Any]:
-    check_fields(config, WHAT, trained=False)
+    check_fields(config, WHAT)
     modules = list(names.expand(LAYERS))
     config = _told(config, modules)
     ranks, chosen = Ranks(config, WHAT), Targets(config, WHAT)
     parameters = Parameters(config, WHAT)
-    init = config.get("init_lora_weights", True)
     result: dict[str, Any] = {
         "rank": ranks.rank,
         "alpha": ranks.alpha,
@@ -71,7 +71,7 @@ def _from_peft(config: Mapping[str, Any], names: NameMap) -> dict[str, Any]:
         "dropout": number(config, "lora_dropout", WHAT),
         "dora": flag(config, "use_dora", WHAT),
         "lora_bias": flag(config, "lora_bias", WHAT),
-        "init": init.lower() if isinstance(init, str) else init is not False,
+        "init": read_init(config, WHAT),
         "layer_replication": layer_replication(config, WHAT),
         "targets": None,
     }

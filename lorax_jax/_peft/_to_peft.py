@@ -8,6 +8,7 @@ from .._names import Module, NameMap
 from .._ranges import Ranges
 from ._copies import beside_to_peft
 from ._fields import DEFAULTS
+from ._inits import write_init
 from ._modules import ALL_LINEAR, LAYERS, WHAT, is_linear, takes
 from ._parameters import check_alone, check_owners, short_parameters
 from ._patterns import condense, short_targets
@@ -39,11 +40,11 @@ def _to_peft(config: Any, names: NameMap) -> dict[str, Any]:
         "lora_alpha": plain(config.rank if config.alpha is None else config.alpha),
         "use_rslora": config.rslora,
         "lora_bias": config.lora_bias,
-        "init_lora_weights": _init(config.init),
         "layer_replication": as_lists(config.layer_replication),
     }
     if config.rules is None:
         fields |= {"lora_dropout": config.dropout, "use_dora": config.dora}
+        fields |= write_init(config.init)
         fields |= beside_to_peft(config, (), names)
         return dict(sorted(fields.items()))
     rules = [config.resolve(rule) for rule in config.rules]
@@ -56,7 +57,7 @@ def _to_peft(config: Any, names: NameMap) -> dict[str, Any]:
                 "the adapter can be saved without `names`, or merged."
             )
     fields["lora_dropout"] = _only("dropout", {rule.dropout for rule in rules})
-    fields["init_lora_weights"] = _init(_only("init", {rule.init for rule in rules}))
+    fields |= write_init(_only("init", {_usual(rule.init) for rule in rules}))
     fields["use_dora"] = _only("dora", {rule.dora for rule in rules})
     catch_all = next((r for r in rules if r.pattern == ALL_LINEAR), None)
     taken: dict[str, Any] = {}
@@ -176,8 +177,9 @@ def _only(field: str, values: set[Any]) -> Any:
     return values.pop()
 
 
-def _init(init: Any) -> Any:
-    return True if init in (True, "kaiming") else False if init == "random" else init
+def _usual(init: Any) -> Any:
+    """One name for those that are the same."""
+    return {"kaiming": True, "random": False}.get(init, init)
 
 
 def as_lists(ranges: Ranges | None) -> list[list[int]] | None:

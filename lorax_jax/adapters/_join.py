@@ -39,18 +39,18 @@ def join(
         Unstructured: if the terms differ in more than values and rank.
     """
     rows = itertools.zip_longest(*terms)
-    return tuple(_one(_first(row), row, axis, sizes, combine) for row in rows)
+    return tuple(joins(_first(row), row, axis, sizes, combine) for row in rows)
 
 
 @functools.singledispatch
-def _one(
+def joins(
     first: Term, row: Row, axis: int, sizes: Sequence[int], combine: Combine
 ) -> Term:
     """One term in place of a row of them, `None` where a weight has none."""
     raise Unstructured(f"{type(first).__name__} cannot be joined along an axis")
 
 
-@_one.register
+@joins.register
 def _low_rank(
     first: LowRank, row: Row, axis: int, sizes: Sequence[int], combine: Combine
 ) -> LowRank:
@@ -72,7 +72,7 @@ def _low_rank(
 
     def joined(name: str, missing: Any = None) -> Factor:
         present = [None if t is None else getattr(t, name) for t in row]
-        return _together(present, axis, sizes, rank, combine, missing)
+        return together(present, axis, sizes, combine, rank, missing)
 
     dropped = first.key is not None
     return LowRank(
@@ -88,7 +88,7 @@ def _low_rank(
     )
 
 
-@_one.register
+@joins.register
 def _dora(
     first: Dora, row: Row, axis: int, sizes: Sequence[int], combine: Combine
 ) -> Dora:
@@ -102,17 +102,17 @@ def _dora(
     low = _low_rank(first.low, lows, axis, sizes, combine)
     return Dora(
         low=low,  # pyright: ignore  (a singledispatch method forgets its result)
-        gain=_together(gains, axis, sizes, 0, combine, one),
+        gain=together(gains, axis, sizes, combine, missing=one),
     )
 
 
-def _together(
+def together(
     factors: Sequence[Factor | None],
     axis: int,
     sizes: Sequence[int],
-    rank: int,
     combine: Combine,
-    missing: Factor | None,
+    rank: int = 0,
+    missing: Factor | None = None,
 ) -> Factor:
     """One factor in place of several, with `axis` in front."""
     given = [missing if factor is None else factor for factor in factors]

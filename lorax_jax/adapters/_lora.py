@@ -1,7 +1,7 @@
 """LoRA: the low-rank term `W + s A B`."""
 
 import dataclasses
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -185,7 +185,8 @@ def factors(site: Site) -> tuple[jax.Array, jax.Array]:
     check_factors(site.base, a, b, role)
     if "a0" not in fixed and "b0" not in fixed:
         return a, b
-    a0, b0 = fixed.get("a0"), fixed.get("b0")
+    a0: Any = fixed.get("a0")
+    b0: Any = fixed.get("b0")
     if jnp.shape(a0) != jnp.shape(a) or jnp.shape(b0) != jnp.shape(b):
         raise AdapterError(
             f"The starting factors of {role.name!r} have the shapes {jnp.shape(a0)} "

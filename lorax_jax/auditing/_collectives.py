@@ -42,7 +42,9 @@ def check(step: Step, frozen: Step, adapter: Adapter) -> Check:
     sums of numbers: they are small. All else that the frozen step does not exchange is
     one.
     """
-    ranks = {part["a"].shape[-1] for part in adapter.train.values() if "a" in part}
+    sites = [{**fixed, **adapter.train[n]} for n, fixed in adapter.fixed.items()]
+    ranks = {part["a"].shape[-1] for part in sites if "a" in part}
+    ranks |= {2 * part["a0"].shape[-1] for part in sites if "a0" in part}
     usual = collections.Counter(c for c, _ in _collectives(frozen.compiled.as_text()))
     extra, sums = [], 0
     for collective, at in _collectives(step.compiled.as_text()):

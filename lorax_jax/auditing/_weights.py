@@ -49,9 +49,14 @@ def weights(params: Any, adapter: Adapter) -> Weights:
             continue
         forms = [shape]
         held = [array.shape for array in adapter.train[name].values()]
+        if "rank" in fixed:
+            a = {**fixed, **adapter.train[name]}["a"]
+            rank = a.shape[-1] * (2 if "a0" in fixed else 1)
+            held += [*role.shapes(shape, a.shape[-1]), *role.shapes(shape, rank)]
+            if role.part is not None:
+                held += role.leaf.shapes(shape, rank)
         if role.part is not None:  # the leaf is given away by more than the part
             forms += _forms(role.leaf, shape)
-            held += role.leaf.shapes(shape, adapter.train[name]["a"].shape[-1])
         forms += _forms(role, shape)
         sites[name] = frozenset(k for k in map(key, forms) if len(k) > 1)
         for sizes in held:

@@ -29,6 +29,9 @@ from ..planning import Site, Slot
 
 Tensors = dict[str, np.ndarray]
 
+_PAIRS = (("a", "b"), ("a0", "b0"))
+FACTORS = ("a", "b", "a0", "b0")
+
 
 def split(
     slot: Slot, train: Mapping[str, Any], fixed: Fixed
@@ -47,13 +50,15 @@ def split(
         AdapterError: if the arrays are not those of the slot, or hold values beyond a
             site's rank.
     """
-    arrays = {name: host(array) for name, array in train.items()}
+    kept = {name: fixed[name] for name in FACTORS if name in fixed}
+    arrays = {name: host(array) for name, array in {**train, **kept}.items()}
     _check(slot, arrays, fixed)
     held = _rows_of(slot)
     for name, array in arrays.items():
         arrays[name] = _layers_first(slot, name, array)
-    if "a" in arrays:
-        arrays["a"], arrays["b"] = slot.matrices(arrays["a"], arrays["b"])
+    for down, up in _PAIRS:
+        if down in arrays:
+            arrays[down], arrays[up] = slot.matrices(arrays[down], arrays[up])
     for i, site in enumerate(slot.sites):
         if site is not None:
             found = {name: array[held[i]] for name, array in arrays.items()}
@@ -73,14 +78,16 @@ def join(slot: Slot, tensors: Mapping[int, Tensors]) -> dict[str, jax.Array]:
     Args:
         slot: the leaf.
         tensors: those of each site, by position in the slot; where a site is missing,
-            low-rank arrays are zero.
+            low-rank arrays are zero, and so are starting factors that it lacks.
 
     Returns:
-        The arrays that an adapter trains.
+        The arrays of the adapter: what it trains, and starting factors if any has them.
     """
     held, found = _rows_of(slot), {}
-    if "a" in slot.shapes():
-        found |= _join_factors(slot, tensors)
+    if "a" in KINDS[slot.role.kind].train:
+        for down, up in _PAIRS:
+            if any(down in held for held in tensors.values()):
+                found |= _join_factors(slot, tensors, down, up)
     for name, shape in slot.shapes().items():
         if name in found:
             continue
@@ -164,40 +171,50 @@ def _as_file(slot: Slot, site: Site, arrays: Tensors) -> Tensors:
         return {"whole": np.ascontiguousarray(arrays["whole"])}
     if slot.role.kind == "rows":
         return {"rows": arrays["rows"].reshape(len(slot.ids), -1)}
-    a, b = arrays["a"], arrays["b"]
-    if a[..., site.rank :].any() and b[..., site.rank :, :].any():
-        raise AdapterError(
-            f"{site.path!r} has rank {site.rank}, and its arrays are not zero beyond "
-            "it, so the file would hold another adapter. Take the arrays as `init` or "
-            "`load_adapter` laid them out."
-        )
-    found = {
-        "a": np.ascontiguousarray(np.swapaxes(a[..., : site.rank], -1, -2)),
-        "b": np.ascontiguousarray(np.swapaxes(b[..., : site.rank, :], -1, -2)),
-    }
+    found = {}
+    for down, up in _PAIRS:
+        if down not in arrays:
+            continue
+        a, b = arrays[down], arrays[up]
+        if a[..., site.rank :].any() and b[..., site.rank :, :].any():
+            raise AdapterError(
+                f"{site.path!r} has rank {site.rank}, and its arrays are not zero "
+                "beyond it, so the file would hold another adapter. Take the arrays as "
+                "`init` or `load_adapter` laid them out."
+            )
+        found[down] = np.ascontiguousarray(np.swapaxes(a[..., : site.rank], -1, -2))
+        found[up] = np.ascontiguousarray(np.swapaxes(b[..., : site.rank, :], -1, -2))
     for name in arrays.keys() - found.keys():
         found[name] = arrays[name].reshape(*slot.experts, -1)
     return found
 
 
-def _join_factors(slot: Slot, tensors: Mapping[int, Tensors]) -> dict[str, jax.Array]:
-    """The arrays `a` and `b`, padded to the slot's rank."""
+def _join_factors(
+    slot: Slot, tensors: Mapping[int, Tensors], down: str, up: str
+) -> dict[str, jax.Array]:
+    """A pair of arrays, padded to the slot's rank."""
     count, rank = len(slot.sites), slot.rank
     d_in, d_out = slot.sides
-    some = next(iter(tensors.values()))
-    a = np.zeros((count, *slot.apart, d_in, rank), some["a"].dtype)
-    b = np.zeros((count, *slot.apart, rank, d_out), some["b"].dtype)
-    for i, site in tensors.items():
-        down, up = site["a"], site["b"]
-        a[i, ..., : down.shape[-2]] = np.swapaxes(down, -1, -2)
-        b[i, ..., : up.shape[-1], :] = np.swapaxes(up, -1, -2)
+    some = next(held for held in tensors.values() if down in held)
+    a = np.zeros((count, *slot.apart, d_in, rank), some[down].dtype)
+    b = np.zeros((count, *slot.apart, rank, d_out), some[up].dtype)
+    for i, held in tensors.items():
+        if down in held:
+            one, other = held[down], held[up]
+            a[i, ..., : one.shape[-2]] = np.swapaxes(one, -1, -2)
+            b[i, ..., : other.shape[-1], :] = np.swapaxes(other, -1, -2)
     a, b = slot.arrays(a, b)
-    return {"a": jnp.asarray(a), "b": jnp.asarray(b)}
+    return {down: jnp.asarray(a), up: jnp.asarray(b)}
 
 
 def _check(slot: Slot, arrays: Tensors, fixed: Fixed) -> None:
     wanted, true = slot.shapes(), [0 if s is None else s.rank for s in slot.sites]
     found = {name: array.shape for name, array in arrays.items()}
+    if "a" in KINDS[slot.role.kind].train:  # frozen or not
+        wanted |= {"a": slot.shape_a(), "b": slot.shape_b()}
+    for down, up in _PAIRS[1:]:
+        if down in found or up in found:
+            wanted |= {down: found.get("a", ()), up: found.get("b", ())}
     for name in ("a", "b"):  # any padding serves, as long as the two agree
         if name in wanted and name in found and found["a"]:
             at = -1 if name == "a" else slot.role.stack + len(slot.experts)

@@ -3,13 +3,16 @@
 import dataclasses
 import math
 import operator
-from typing import Any
+from typing import Any, Literal
 
 from ..adapters import KINDS
 from ..structure import Part as Box
 from ..structure import Run, Use
 from ._fields import Fields
+from ._inits import decode_init, encode_init
 from ._keys import PREFIX, keys
+
+Layout = Literal["joined", "apart"]
 
 # What PEFT's wrappers of bare parameters add to the names of what they wrap.
 BASE_LAYER = ".base_layer"
@@ -96,6 +99,10 @@ class FileSite:
         mirrored: whether PEFT's A runs along our outputs there.
         ranks: of a part of a leaf with PEFT's keys, which hold all parts of the leaf:
             its first rank there, and how many there are.
+        start: where starting factors are, if it has any: `"joined"` with the others in
+            tensors of twice the rank, or `"apart"`; see `_starts.py`.
+        frozen: which of its factors are not trained.
+        init: the initializer's name, or its options; `None` for the usual one.
         turned: where `part` is not said: our array is `(d_out, d_in)`. Not recorded.
     """
 
@@ -118,6 +125,9 @@ class FileSite:
     parameter: str | None = None
     mirrored: bool = False
     ranks: tuple[int, int] | None = None
+    start: Layout | None = None
+    frozen: tuple[str, ...] = ()
+    init: Any = None
     turned: bool = False
 
     @property
@@ -127,14 +137,20 @@ class FileSite:
         return self.path, part or ("rows" if self.kind == "rows" else self.use)
 
     @property
+    def width(self) -> int:
+        """How many ranks of the tensors under its keys are its own."""
+        return 2 * self.rank if self.start == "joined" else self.rank
+
+    @property
     def module_rank(self) -> int:
         """The rank of the tensors under its keys."""
-        return self.rank if self.ranks is None else self.ranks[1]
+        return self.width if self.ranks is None else self.ranks[1]
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is a LoRA of a module, and of all of it."""
+        """Whether it is a LoRA of a module, and of all of it, and is all trained."""
         more = self.bias or self.parameter is not None
+        more = more or self.start is not None or bool(self.frozen)
         return self.kind == "lora" and not more and not (self.part and self.part.view)
 
     @property
@@ -150,7 +166,12 @@ class FileSite:
     def keys(self, prefix: str = PREFIX) -> dict[str, str]:
         """The keys of its tensors, by the names of its arrays."""
         return keys(
-            self.key, kind=self.kind, table=self.table, bias=self.bias, prefix=prefix
+            self.key,
+            kind=self.kind,
+            table=self.table,
+            bias=self.bias,
+            apart=self.start == "apart",
+            prefix=prefix,
         )
 
     def tied_keys(self, prefix: str = PREFIX) -> dict[str, str]:
@@ -163,6 +184,7 @@ class FileSite:
         """As JSON, without what says nothing."""
         site = dataclasses.asdict(self)
         del site["turned"]
+        site["init"] = encode_init(self.init)
         for name, usual in _USUAL.items():
             if site[name] == usual:
                 del site[name]
@@ -178,6 +200,7 @@ _USUAL: dict[str, Any] = {
     "ids": (),
     "transposed": False,
     "mirrored": False,
+    "frozen": (),
 }
 
 
@@ -224,6 +247,17 @@ def read_site(site: Any, what: str) -> FileSite:
         if len(ranks) != 2 or ranks[0] + rank > ranks[1] or not plain:
             raise read.bad("`ranks`", ranks)
         ranks = ranks[0], ranks[1]
+    start = read("start", str, ("joined", "apart"), optional=True)
+    if start is not None and "a0" not in KINDS[kind].optional:
+        raise read.bad("starting factors in a site of the kind", kind)
+    frozen = read("frozen", list, optional=True) or []
+    if frozen not in [[], *([name] for name in KINDS[kind].freezable)]:
+        raise read.bad("`frozen`", frozen)
+    if (
+        ranks is not None
+        and ranks[0] + (2 if start == "joined" else 1) * rank > ranks[1]
+    ):
+        raise read.bad("`ranks`", ranks)
     return FileSite(
         path=read("path", str),
         use=read("use", str, ("lookup", "head"), optional=True),
@@ -244,6 +278,9 @@ def read_site(site: Any, what: str) -> FileSite:
         parameter=parameter,
         mirrored=bool(read("mirrored", bool, optional=True)),
         ranks=ranks,
+        start=start,
+        frozen=tuple(frozen),
+        init=decode_init(read),
     )
 
 

@@ -160,12 +160,15 @@ def _check_kinds(files: AdapterFiles, record: Record) -> None:
     rows = {site.key: site.ids for site in record.sites if site.kind == "rows"}
     chosen = _peft.Whole(config, what)
     dora = _peft.flag(config, "use_dora", what)
+    minor = config.get("init_lora_weights") == "mica"
     bias = _peft.flag(config, "lora_bias", what)
     here = all(any(_peft.saved_by(n, name) for name in copies) for n in chosen.required)
     agreed = {
         "layer_replication": _peft.layer_replication(config, what)
         == record.layer_replication,
         "use_dora": all((site.kind == "dora") == dora for site in factors),
+        "init_lora_weights": not _peft.on_residual(config)
+        and all("b" in site.frozen for site in factors if minor),
         "lora_bias": all(site.bias == bias for site in factors),
         "bias": chosen.bias == record.bias,
         "modules_to_save": here and all(chosen(name, adapted) for name in copies),

@@ -33,12 +33,12 @@ def with_ranks(placed: "Sequence[Placed]") -> "list[Placed]":
     for place in placed:
         if place.slot.role.part is not None:
             key = place.site.key
-            starts[key] = starts.get(key, 0) + place.site.rank
+            starts[key] = starts.get(key, 0) + place.site.width
     totals, found = dict(starts), []
     for place in reversed(placed):
         if place.slot.role.part is not None:
             key = place.site.key
-            starts[key] -= place.site.rank
+            starts[key] -= place.site.width
             ranks = starts[key], totals[key]
             site = dataclasses.replace(place.site, ranks=ranks)
             place = place._replace(site=site)
@@ -76,7 +76,7 @@ def taken(site: FileSite, slot: Slot, tensors: Tensors) -> Tensors | None:
         Its tensors, or `None` where the module's are not zero outside of the part.
     """
     assert site.ranks is not None and slot.role.part is not None
-    mine = slice(site.ranks[0], site.ranks[0] + site.rank)
+    mine = slice(site.ranks[0], site.ranks[0] + site.width)
     whole = {"a": tensors["a"][mine], "b": tensors["b"][:, mine]}
     found = {}
     for name, factor in _factors(slot, whole, leaf=True).items():
@@ -104,15 +104,23 @@ def whole_modules(sites: Iterable[FileSite], *, rslora: bool) -> list[FileSite]:
                 alpha=module_alpha(site, rslora=rslora),
                 ranks=None,
                 part=None,
+                start=None,
+                frozen=(),
             )
     return list(found.values())
 
 
 def module_alpha(site: FileSite, *, rslora: bool) -> float:
-    """The alpha from which PEFT finds the scale of a part at the module's rank."""
+    """The alpha from which PEFT finds a site's scale at the rank of its tensors."""
     if site.ranks is None:
-        return site.alpha
+        return site.alpha * _ratio(site, rslora)
     return site.scale * (math.sqrt(site.ranks[1]) if rslora else site.ranks[1])
+
+
+def _ratio(site: FileSite, rslora: bool) -> float:
+    if site.width == site.rank:
+        return 1
+    return math.sqrt(site.width / site.rank) if rslora else site.width / site.rank
 
 
 def tiled(sites: Iterable[FileSite]) -> bool:
@@ -122,7 +130,7 @@ def tiled(sites: Iterable[FileSite]) -> bool:
         if site.ranks is not None:
             modules.setdefault(site.key, []).append(site)
     for parts in modules.values():
-        ranks = [(*(site.ranks or ()), site.rank) for site in parts]
+        ranks = [(*(site.ranks or ()), site.width) for site in parts]
         ranks.sort()
         ends = [0, *itertools.accumulate(rank for _, _, rank in ranks)]
         starts = [start for start, _, _ in ranks]

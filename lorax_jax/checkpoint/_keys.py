@@ -14,12 +14,15 @@ PREFIX = "base_model.model."
 # Endings by the name that the array has in an adapter.
 _KERNEL = {"a": ".lora_A.weight", "b": ".lora_B.weight", "bias": ".lora_B.bias"}
 _TABLE = {"a": ".lora_embedding_A", "b": ".lora_embedding_B"}
+_APART = {"a0": ".lora_A0.weight", "b0": ".lora_B0.weight"}
 _MAGNITUDE = ".lora_magnitude_vector"
 ROWS = ".token_adapter.trainable_tokens_delta"
 
 # Endings of tensors, and what they are, for messages.
 _OTHERS = {
     _MAGNITUDE: "DoRA's magnitude",
+    _APART["a0"]: "a starting factor",
+    _APART["b0"]: "a starting factor",
     ".lora_A.bias": "a bias of A",
     ".lora_B.bias": "a bias of B",
     ".lora_diag": "KaSA's diagonal",
@@ -63,6 +66,7 @@ def keys(
     kind: str = "lora",
     table: bool = False,
     bias: bool = False,
+    apart: bool = False,
     prefix: str = PREFIX,
 ) -> dict[str, str]:
     """The keys of a site's tensors, by the names of its arrays.
@@ -72,6 +76,7 @@ def keys(
         kind: the kind of adapter.
         table: whether the module is an embedding.
         bias: whether B has a bias.
+        apart: whether starting factors have tensors of their own.
         prefix: what stands before the module.
 
     >>> keys("model.embed_tokens", table=True)["a"]
@@ -86,6 +91,8 @@ def keys(
     endings = dict(_TABLE if table else _KERNEL)
     if not bias:
         endings.pop("bias", None)
+    if apart:
+        endings |= _APART
     if kind == "dora":
         endings["magnitude"] = _MAGNITUDE
     return {name: prefix + module + ending for name, ending in endings.items()}

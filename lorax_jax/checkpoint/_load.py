@@ -17,6 +17,7 @@ def load_adapter(
     plan: Plan | None = None,
     names: Any = None,
     strict: bool = True,
+    start: str | os.PathLike | None = None,
 ) -> tuple[Adapter, Receipt]:
     """Reads an adapter that `save_adapter` or PEFT wrote.
 
@@ -30,6 +31,12 @@ def load_adapter(
     a file speaks of one layer and the parameters hold all layers in one array, layers
     are its first axis.
 
+    Starting factors and frozen ones come back as they were saved. PEFT's folders of
+    PiSSA, OLoRA, CorDA and LoRA-GA adapters that were not converted hold factors of a
+    residual base; they are read as adapters of the base itself. Their starting factors
+    are computed anew from the weights for PiSSA and OLoRA, and taken from `start`, the
+    folder of the untrained adapter, for the others.
+
     Values come in the dtype that they are stored in. Nothing in the folder is executed:
     the files are safetensors and JSON, checked against limits before anything is
     allocated.
@@ -42,6 +49,9 @@ def load_adapter(
             it.
         strict: raise on any problem. Otherwise sites with a problem are left out, and
             the receipt lists them.
+        start: of an adapter whose factors belong to a residual of the base, the folder
+            of the adapter before it was trained: what PEFT calls
+            `path_initial_model_for_weight_conversion`.
 
     Returns:
         `(adapter, receipt)`. `receipt.plan` is the plan of what was loaded.
@@ -68,5 +78,9 @@ def load_adapter(
         ...                      adapter.train["q/kernel"]["a"]))
         True
     """
+    begun = None
+    if start is not None:
+        with open_adapter(start) as files:
+            begun, _ = Loading(files, params, None, names, is_start=True).run(True)
     with open_adapter(dir) as files:
-        return Loading(files, params, plan, names).run(strict)
+        return Loading(files, params, plan, names, start=begun).run(strict)

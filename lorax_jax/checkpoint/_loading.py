@@ -14,7 +14,8 @@ from ..adapters import Adapter
 from ..planning import Plan
 from ..replication import layers_of
 from . import _kernels, _packed
-from ._arrays import Tensors, shapes
+from ._arrays import FACTORS, Tensors, shapes
+from ._base_copies import base_copies
 from ._edited import edited
 from ._file_site import FileSite
 from ._files import TENSORS, AdapterFiles
@@ -29,6 +30,8 @@ from ._receipt import Receipt, lines
 from ._resolve import Tree, by_slot, place_by_path, place_by_plan
 from ._safetensors import FLOATS
 from ._sites import part_of
+from ._starts import parted
+from ._unconverted import Begun
 
 
 class Loading:
@@ -44,8 +47,12 @@ class Loading:
         conv1d: bool = False,
         norms: bool = True,
         repeated: bool = False,
+        start: Adapter | None = None,
+        is_start: bool = False,
     ):
         self.files = files
+        self.params = params
+        self.begun = Begun(files, start, is_start=is_start)
         self.conv1d = conv1d
         self.norms = norms  # whether DoRA's are taken of the base
         self.layer_replication = files.layer_replication
@@ -75,7 +82,7 @@ class Loading:
         fit = [place for place in placed if self._fits(place)]
         fit = self._one_dtype(fit)
         self._check_bases(fit)
-        self._drop_copies()
+        self._drop_copies(fit)
         if strict:
             self._raise()
         loaded = [(place, self._read(place)) for place in fit]
@@ -119,6 +126,7 @@ class Loading:
             plan=self.plan,
         )
         adapter = adapter_of(plan, kept, self.tree if self.norms else None)
+        adapter, plan = self.begun.on_the_base(adapter, plan, self.params)
         return adapter, Receipt(
             expected=expected,
             sites=len(kept),
@@ -155,7 +163,7 @@ class Loading:
         self.promised = found.promised
         self.rslora = bool(self.files.config.get("use_rslora"))
         self.bias = found.bias
-        return found.sites
+        return [self.begun.told(site) for site in found.sites]
 
     def _place(self, sites: list[FileSite]) -> list[Placed]:
         """The sites' places; those without one keep their keys in `left`."""
@@ -195,7 +203,7 @@ class Loading:
                 f"{site.key} is a part of a weight whose axes are viewed as "
                 f"{part.view(slot.shape)}, and {site.path} has the shape {slot.shape}"
             )
-        wanted = shapes(slot, site.rank)
+        wanted = shapes(slot, site.width)
         if site.ranks is not None:
             leaf = dataclasses.replace(slot, role=slot.role.leaf)
             wanted = shapes(leaf, site.module_rank)
@@ -212,7 +220,7 @@ class Loading:
         if site.transposed:
             wanted = {"whole": _kernels.shape_turned(wanted["whole"])}
         for name, key in site.keys(self.prefix).items():
-            self._check_tensor(key, wanted[name])
+            self._check_tensor(key, wanted[name.removesuffix("0")])
         if site.low_rank and site.tied is not None:
             wanted = {"a": wanted["b"][::-1], "b": wanted["a"][::-1]}
         for name, key in site.tied_keys(self.prefix).items():
@@ -303,7 +311,7 @@ class Loading:
         kept = []
         for group in by_slot({place.site: place for place in placed}).values():
             odd: set[str] = set()
-            for names in (("a", "b"), ("bias",), ("magnitude",), ("whole",), ("rows",)):
+            for names in (FACTORS, ("bias",), ("magnitude",), ("whole",), ("rows",)):
                 found = [site.keys(self.prefix) for site, _, _ in group]
                 alike = [keys[name] for keys in found for name in names if name in keys]
                 odd |= self._odd_dtypes(alike)
@@ -340,24 +348,21 @@ class Loading:
                 and differ(place.site.base or "", found[place.index])
             ]
 
-    def _drop_copies(self) -> None:
-        """PEFT writes the base's embedding into a file that adapts it."""
+    def _drop_copies(self, placed: list[Placed]) -> None:
         if self.names is None or self.files.record is not None:
             return
-        for name in list(self.left):
-            tensor = name.removeprefix(self.prefix).replace(".base_layer.", ".")
-            path = self.names.path(tensor)
-            if tensor == f"{self.names.head}.weight":
-                path = path or self.names.tied
-            leaf = self.tree.leaves.get(path or "")
-            entry = self.entries[name]
-            if entry.dtype is None or not isinstance(leaf, jax.Array | np.ndarray):
-                continue
-            theirs = self.files.tensors.read(name).astype(leaf.dtype)
-            theirs = theirs.T if self.names.layout(path or "") == "linear" else theirs
-            if np.array_equal(theirs, np.asarray(leaf)):
-                del self.left[name]
-                self.ignored.append(f"{name} (a copy of the base's)")
+        adapted = {place.site.key for place in placed if place.site.low_rank}
+        found = base_copies(
+            self.left,
+            self.files.tensors,
+            self.names,
+            self.tree,
+            prefix=self.prefix,
+            residuals=adapted if self.begun.residual else set(),
+        )
+        for key, what in found.items():
+            del self.left[key]
+            self.ignored.append(f"{key} ({what})")
 
     def _read(self, place: Placed) -> Tensors | None:
         """A site's tensors, unless they hold NaN or infinity."""
@@ -371,6 +376,10 @@ class Loading:
             found["whole"] = _kernels.turned_back(found["whole"])
         if place.site.ids:
             found["rows"] = found["rows"][np.argsort(place.site.ids)]
+        found = self._unpacked(place, found)
+        return parted(found) if found and place.site.start == "joined" else found
+
+    def _unpacked(self, place: Placed, found: Tensors) -> Tensors | None:
         if place.site.parameter is not None:
             return _packed.to_ours(place.site.mirrored, place.slot.experts, found)
         if place.site.ranks is not None:

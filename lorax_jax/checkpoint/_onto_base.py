@@ -77,7 +77,7 @@ def load_onto(
         if path is not None and base.entry(tensor).dtype is not None:
             _put(params, path, _leaf(base, tensor, path, names, files))
     # In a table of our own making, "same" means what Conv1D stores.
-    known = {"conv1d": own, "norms": False, "repeated": True}
+    known: Any = {"conv1d": own, "norms": False, "repeated": True}
     loading = Loading(files, params, None, names, **known)
     return loading.run(strict=True)[0], names
 

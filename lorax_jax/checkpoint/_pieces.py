@@ -12,6 +12,7 @@ import numpy as np
 from .._errors import AdapterError, CheckpointError, closest, shorten
 from .._names import Layout, NameMap
 from ..adapters import Adapter, Fixed, Role, check_parts
+from ..conversion import to_lora
 from ..planning import Slot
 from ..structure import RANK, Factor
 from ._arrays import host
@@ -51,7 +52,7 @@ def pieces_of(
     else:
         with open_adapter(adapter) as files:
             adapter, names = load_onto(files, base, names)
-    found = list(_of_adapter(adapter, base, names))
+    found = list(_of_adapter(to_lora(adapter), base, names))
     for piece in found:
         shape = base.entry(piece.source).shape
         if not piece.fits(shape):

@@ -117,12 +117,27 @@ def adapter_of(
     train, fixed = {}, {}
     for slot in plan.slots:
         group = groups[slot.name]
-        train[slot.name] = join(slot, {i: t for i, (_, t) in group.items()})
+        arrays = join(slot, {i: t for i, (_, t) in group.items()})
+        kept = {"a0", "b0", *_frozen(slot, group)}
+        train[slot.name] = {n: x for n, x in arrays.items() if n not in kept}
         values = _values(slot, group)
+        values |= {n: x for n, x in arrays.items() if n in kept}
         if slot.role.kind == "dora" and base is not None:
             values["norm"] = _norm(base.leaves[slot.role.path], slot)
         fixed[slot.name] = Fixed(slot.role, values)
     return Adapter(train, fixed)
+
+
+def _frozen(slot: Slot, group: Mapping[int, tuple[Placed, Any]]) -> tuple[str, ...]:
+    """Which factors of a leaf are not trained."""
+    said = {place.site.frozen for place, _ in group.values()}
+    if len(said) > 1:
+        raise CheckpointError(
+            f"The file freezes factors of some layers of {slot.role.path!r} and trains "
+            "those of others, which are one array here. Load it onto a model whose "
+            "layers are unrolled."
+        )
+    return said.pop()
 
 
 def _norm(leaf: Any, slot: Slot) -> Any:
@@ -204,11 +219,12 @@ def _config(
     return config, rule_of
 
 
-_NUMBERS = ("rank", "alpha", "dropout", "dora")
+_NUMBERS = ("rank", "alpha", "dropout", "dora", "init")
 
 
 def _numbers(site: FileSite) -> tuple[Any, ...]:
-    return site.rank, site.alpha, site.dropout, site.kind == "dora"
+    init = True if site.init is None else site.init
+    return site.rank, site.alpha, site.dropout, site.kind == "dora", init
 
 
 def _overrides(places: Sequence[Placed], usual: dict[str, Any]) -> tuple[Any, ...]:
@@ -231,7 +247,7 @@ def _overrides(places: Sequence[Placed], usual: dict[str, Any]) -> tuple[Any, ..
             for axis, runs in enumerate(slot.role.part.axes)
             if runs is not None
         )
-        numbers = _unusual(site, usual, ("rank", "alpha", "dropout"))
+        numbers = _unusual(site, usual, ("rank", "alpha", "dropout", "init"))
         parts.append(PartRule(slot.role.part.name, tuple(where), **dict(numbers)))
     return *found.items(), ("parts", tuple(parts)), *_unusual(site, usual, ("dora",))
 
@@ -289,7 +305,7 @@ def _site(place: Placed, rule: str) -> Site:
         alpha=site.alpha,
         scale=site.scale,
         rule=rule,
-        init=True,
+        init=True if site.init is None else site.init,
         dropout=site.dropout,
         trainable=values,
     )

@@ -17,9 +17,10 @@ from ._file_growth import FileGrowth, read_file_growth
 from ._file_site import FileSite, read_site
 
 # The metadata's name in the header, and its version: 1 where all is plain LoRA, which
-# releases that know of nothing else read too.
+# releases that know of nothing else read too; 3 where factors are frozen or a start is
+# kept, which those that do not know of it would take for something else.
 FIELD = "lorax_jax"
-VERSION = 2
+VERSION = 3
 
 Keys = Literal["peft", "paths"]
 BIASES = ("none", "all", "lora_only")
@@ -49,8 +50,9 @@ class Record:
         """The header's metadata."""
         plain = self.layer_replication is None and self.grown is None
         plain &= all(site.is_plain for site in self.sites)
+        newer = any(site.start or site.frozen for site in self.sites)
         whole: dict[str, Any] = {
-            "version": 1 if plain else VERSION,
+            "version": 3 if newer else 1 if plain else 2,
             "keys": self.keys,
             "rslora": self.rslora,
             "sites": [site.encode() for site in self.sites],
@@ -93,6 +95,11 @@ def decode(text: Any, what: str) -> Record:
     ):
         if len(set(seen)) < len(seen):
             raise read.bad(f"`{label}`, some of them twice,", sorted(map(str, seen)))
+    layout = "joined" if read("keys", str, ("peft", "paths")) == "peft" else "apart"
+    for site in sites:
+        kept = [site.start, *site.frozen]
+        if site.start not in (None, layout) or (version < 3 and any(kept)):
+            raise read.bad("starting or frozen factors", kept)
     return Record(
         keys=read("keys", str, ("peft", "paths")),
         rslora=read("rslora", bool),

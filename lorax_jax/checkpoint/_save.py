@@ -5,7 +5,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,7 @@ from ._placed import Placed, placed_sites
 from ._record import Record
 from ._resolve import is_index
 from ._safetensors import Writer, code_of
+from ._starts import joined
 
 
 def save_adapter(
@@ -112,7 +113,7 @@ def save_adapter(
     """
     table = None if names is None else NameMap.of(names)
     _check(adapter, plan)
-    placed = placed_sites(plan, table)
+    placed = placed_sites(plan, table, adapter.fixed)
     sites, tensors = _contents(adapter, plan, placed, params, table is not None)
     base = None if base_model_name_or_path is None else str(base_model_name_or_path)
     rslora = plan.config.rslora
@@ -206,6 +207,7 @@ def _contents(
             if bases is not None:
                 site = dataclasses.replace(site, base=bases[i])
             sites.append(site)
+            held = _laid(site, held)
             if site.ranks is not None:
                 modules.setdefault(site.key, []).append((site, slot, held))
                 continue
@@ -220,6 +222,13 @@ def _contents(
     return sorted(
         sites, key=lambda site: (_natural(site.path), site.name[1] or "")
     ), tensors
+
+
+def _laid(site: FileSite, held: Tensors) -> Tensors:
+    """The tensors with starting factors where the file has them, if anywhere."""
+    if site.start == "joined":
+        return joined(held)
+    return {n: x for n, x in held.items() if site.start or n not in ("a0", "b0")}
 
 
 def _tensors(site: FileSite, held: Tensors, prefix: str) -> Tensors:
@@ -273,6 +282,7 @@ def _config(sites: Sequence[FileSite], names: NameMap, plan: Plan) -> dict[str, 
         "lora_bias": _alike({site.key: site.bias for site in values.values()}),
         "lora_dropout": rate,
         "layer_replication": _peft.as_lists(plan.config.layer_replication),
+        "init_lora_weights": _init(values.values()),
         "bias": plan.config.bias,
         "modules_to_save": modules_to_save(sites, names, plan.config.bias),
         "trainable_token_indices": {
@@ -291,6 +301,12 @@ def _config(sites: Sequence[FileSite], names: NameMap, plan: Plan) -> dict[str, 
         _peft.check_alone(fields, "The adapter")
         _peft.check_owners(modules, bare, "The adapter")
     return fields
+
+
+def _init(sites: Iterable[FileSite]) -> str | bool:
+    """What PEFT is told of the start: nothing that it would do again, or freeze not."""
+    minor = all(s.init == "mica" and s.frozen == ("b",) and not s.start for s in sites)
+    return "mica" if minor else True
 
 
 def _alike(asked: Mapping[str, bool]) -> bool:

@@ -109,6 +109,7 @@ def factor_site(plan: Plan, slot: Slot, site: Site, names: NameMap | None) -> Fi
         order=order,
         parameter=parameter,
         mirrored=mirrored,
+        init=None if isinstance(site.init, bool) else site.init,
     )
 
 

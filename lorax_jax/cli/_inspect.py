@@ -110,22 +110,27 @@ def _norms(plan: Any, adapter: Any) -> list[str]:
     """Prints how large each site's factors are; returns those that do nothing."""
     import numpy as np
 
-    slots = [slot for slot in plan.slots if "a" in adapter.train[slot.name]]
+    from ..conversion import to_lora
+
+    slots = [slot for slot in plan.slots if "rank" in adapter.fixed[slot.name]]
+    plain = to_lora(adapter)  # what is added, where more than A B says it
     width = max(len(slot.name) for slot in slots)
     click.echo(f"{'norms':{width}}  {'A':>10}  {'B':>10}  {'scale A B':>10}")
     zero = []
     for slot in slots:
-        train, scale = adapter.train[slot.name], adapter.fixed[slot.name]["scale"]
-        a, b = (np.asarray(train[name], np.float64) for name in ("a", "b"))
+        fixed = adapter.fixed[slot.name]
+        held, scale = {**fixed, **adapter.train[slot.name]}, fixed["scale"]
+        a, b = (np.asarray(plain.train[slot.name][n], np.float64) for n in ("a", "b"))
         a, b = slot.matrices(a, b)  # (sites, *apart, d_in, rank) and so on
         # |A B|^2 is the trace of (A^T A)(B B^T), r by r: A B itself is never built.
         gram = (a.swapaxes(-1, -2) @ a) * (b @ b.swapaxes(-1, -2))
         whole = np.sqrt(np.maximum(gram.sum((-1, -2)), 0))
         whole = whole.reshape(len(slot.sites), -1) * np.asarray(scale).reshape(-1, 1)
-        sizes = [float(np.linalg.norm(x)) for x in (a, b, whole)]
+        own = [np.asarray(held[name], np.float64) for name in ("a", "b")]
+        sizes = [float(np.linalg.norm(x)) for x in (*own, whole)]
         line = "  ".join(f"{size:10.4g}" for size in sizes)
         click.echo(f"{slot.name:{width}}  {line}")
-        if not b.any():
+        if not (whole if "a0" in held else b).any():
             zero.append(slot.name)
     return zero
 

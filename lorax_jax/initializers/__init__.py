@@ -17,4 +17,11 @@ from ._eva import Eva as Eva
 from ._eva import eva as eva
 from ._gaussian import gaussian as gaussian
 from ._kaiming import kaiming as kaiming
+from ._lora_ga import LoraGa as LoraGa
+from ._lora_ga import lora_ga as lora_ga
+from ._mica import mica as mica
+from ._olora import olora as olora
+from ._orthogonal import orthogonal as orthogonal
+from ._pissa import pissa as pissa
+from ._pissa import pissa_niter as pissa_niter
 from ._random import random as random

@@ -8,17 +8,19 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from .. import _paths, initializers
+from .. import _paths
 from .._config import LoraConfig
 from .._errors import PlanError, PlanWarning, ReplicationError, closest, shorten
 from .._ranges import Ranges
 from ..adapters import Role, is_weight, stored
 from ..replication import layers_of, shared_layers
 from ..transform import Consumer, Leaf, read
+from ._begin import check_inits
 from ._beside import beside
 from ._rehearse import rehearse
 from ._select import Selection
 from ._sites import Site, Slot
+from ._spectra import Spectra
 from ._table import table
 
 
@@ -34,6 +36,7 @@ class Plan:
         matches: for each rule, its pattern and how many sites it took.
         repeated: how unrolled layers are repeated, where the parameters show that they
             are and the configuration does not say of which layers.
+        spectra: what each direction of a site is worth, where `with_spectra` gave it.
     """
 
     config: LoraConfig
@@ -42,6 +45,7 @@ class Plan:
     base_bytes: int
     matches: tuple[tuple[str, int], ...]
     repeated: Ranges | None = None
+    spectra: Spectra | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def __iter__(self) -> Iterator[Site]:
         return (site for slot in self.slots for site in slot.sites if site is not None)
@@ -72,6 +76,20 @@ class Plan:
         return Memory(
             self.base_bytes, adapter, adapter, int(adapter * optimizer_copies)
         )
+
+    def with_spectra(self, spectra: Mapping[str, Any]) -> "Plan":
+        """The plan that prints how much of each site's energy its rank explains.
+
+        Args:
+            spectra: name of a site -> what each direction is worth, descending, as
+                `lj.spectra` gives them; of all sites or of some.
+
+        Raises:
+            PlanError: if a spectrum is of no site, or is not descending.
+        """
+        found = Spectra.of(spectra)
+        found.check_names({site.name: site for site in self if site.rank})
+        return dataclasses.replace(self, spectra=found)
 
     def __str__(self) -> str:
         return table(self)
@@ -162,7 +180,7 @@ def plan(
             "function and its arguments, `plan(config, params, fn=model.apply, "
             "args=(ids,))`, or declare `roles` by hand."
         )
-    _check_init(config)
+    check_inits(config)
     try:
         ranges = layers_of(params, config.layer_replication)
     except ReplicationError as error:
@@ -196,19 +214,6 @@ def plan(
         tuple(zip(patterns, selection.counts, strict=True)),
         repeated=shared_layers(params) if ranges is None else None,
     )
-
-
-def _check_init(config: LoraConfig) -> None:
-    said = [one for rule in config.rules or () for one in (rule, *rule.parts)]
-    for init in (config.init, *(one.init for one in said if one.init is not None)):
-        try:
-            initializers.method(init)
-        except KeyError:
-            known = [*initializers.names(), *initializers.families()]
-            raise PlanError(
-                f"`init` = {init!r} is no initializer. Known: "
-                f"{', '.join(map(repr, known))}."
-            ) from None
 
 
 def _declare(found: dict[str, Leaf], roles: Mapping[str, Any]) -> None:

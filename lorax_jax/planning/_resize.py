@@ -1,9 +1,14 @@
-"""`resized`: a plan with other ranks."""
+"""`resized` and `fitted`: a plan with other ranks."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
+import numpy as np
+from jax.core import Tracer
+
 from .._errors import PlanError, closest, shorten
+from ..adapters import Adapter
 from ._plan import Plan
 from ._sites import Site, Slot, parameters
 
@@ -32,10 +37,15 @@ def resized(plan: Plan, ranks: Mapping[str, tuple[int, float]]) -> Plan:
         >>> [(s.rank, s.alpha, s.trainable) for s in resized(plan, {"w": (3, 6.0)})]
         [(3, 6.0, 30)]
     """
-    known = {site.name: site for site in plan}
+    known = {
+        site.name: (site, slot)
+        for slot in plan.slots
+        for site in slot.sites
+        if site is not None and site.rank
+    }
     for name, (rank, _) in ranks.items():
-        if name not in known or not known[name].rank:
-            near = shorten(closest(name, [n for n, site in known.items() if site.rank]))
+        if name not in known:
+            near = shorten(closest(name, known))
             raise PlanError(
                 f"A rank is given for {name!r}, which is no site of the plan that has "
                 f"one. Closest: {near}."
@@ -45,6 +55,75 @@ def resized(plan: Plan, ranks: Mapping[str, tuple[int, float]]) -> Plan:
                 f"The rank {rank} is given for {name!r}; ranks go from 0, which drops "
                 "the site."
             )
+        site, slot = known[name]
+        if rank > min(slot.sides):
+            raise PlanError(
+                f"The rank {rank} is given for {name!r}, whose weight of shape "
+                f"{site.shape} can have {min(slot.sides)} at most."
+            )
+    return _resized(plan, ranks)
+
+
+def fitted(plan: Plan, adapter: Adapter) -> Plan:
+    """The plan with the ranks and scales that an adapter has: of `to_lora`'s, say.
+
+    Args:
+        plan: a plan of the same weights; unchanged.
+        adapter: the adapter. Its ranks may be beyond those of the weights, as twice the
+            rank of a wide adapter is.
+
+    Returns:
+        The plan of the adapter. Alphas are such that the scales are the adapter's, with
+        or without rsLoRA. Its `config` is that of `plan`, which says nothing of the
+        ranks.
+
+    Raises:
+        PlanError: if the adapter is for other weights, or is traced and has no values.
+
+    Example:
+        >>> import jax, lorax_jax as lj
+        >>> params = {"w": jax.numpy.ones((6, 4))}
+        >>> roles = {"w": {"inputs": (0,), "outputs": (1,)}}
+        >>> plan = lj.plan(lj.LoraConfig("w", rank=2, alpha=6), params, roles=roles)
+        >>> adapter = lj.init(plan, params, key=jax.random.key(0))
+        >>> adapter.fixed["w"].values_["rank"] = jax.numpy.int32(4)
+        >>> [(s.rank, s.alpha, s.scale) for s in fitted(plan, adapter)]
+        [(4, 12.0, 3.0)]
+    """
+    if set(adapter.fixed) != {slot.name for slot in plan.slots}:
+        odd = sorted(set(adapter.fixed) ^ {slot.name for slot in plan.slots})
+        raise PlanError(
+            f"The adapter is not one of the plan: they differ about {odd[:4]}. Give "
+            "the plan that it was made with; for a loaded adapter, `receipt.plan`."
+        )
+    ranks: dict[str, tuple[int, float]] = {}
+    for slot in plan.slots:
+        fixed = adapter.fixed[slot.name]
+        if "rank" not in fixed:
+            continue
+        if isinstance(fixed["rank"], Tracer) or isinstance(fixed["scale"], Tracer):
+            raise PlanError(
+                "The adapter is being traced, and its ranks have no values that a plan "
+                "could hold. Make the plan outside of `jit`."
+            )
+        found = np.asarray(fixed["rank"]).reshape(-1)
+        scales = np.asarray(fixed["scale"]).reshape(-1)
+        for i, site in enumerate(slot.sites):
+            if site is not None:
+                rank = int(found[i])
+                ranks[site.name] = rank, _alpha(site, rank, scales[i], plan)
+    return _resized(plan, ranks)
+
+
+def _alpha(site: Site, rank: int, scale: np.floating, plan: Plan) -> float:
+    """The alpha that gives a site of another rank this scale."""
+    if np.float32(site.scale) != scale:  # rescaled since it was planned
+        return float(scale) * (math.sqrt(rank) if plan.config.rslora else rank)
+    ratio = rank / site.rank
+    return site.alpha * (math.sqrt(ratio) if plan.config.rslora else ratio)
+
+
+def _resized(plan: Plan, ranks: Mapping[str, tuple[int, float]]) -> Plan:
     slots = []
     for slot in plan.slots:
         sites = tuple(_site(site, slot, ranks, plan) for site in slot.sites)
@@ -65,16 +144,11 @@ def _site(
     rank, alpha = ranks[site.name]
     if rank == 0:
         return None
-    if rank > min(slot.sides):
-        raise PlanError(
-            f"The rank {rank} is given for {site.name!r}, whose weight of shape "
-            f"{site.shape} can have {min(slot.sides)} at most."
-        )
     vectors = int(slot.bias) + int(slot.role.kind == "dora")
     return dataclasses.replace(
         site,
         rank=rank,
         alpha=alpha,
         scale=plan.config.scale(rank, alpha),
-        trainable=parameters(slot.role, slot.shape, rank, vectors),
+        trainable=parameters(slot.role, slot.shape, rank, vectors, site.frozen),
     )

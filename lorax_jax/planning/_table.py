@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from ._sites import Site
+from ._spectra import Spectra
 
 if TYPE_CHECKING:
     from ._plan import Plan
@@ -20,7 +21,8 @@ def table(plan: "Plan") -> str:
         key = (_pattern(site.path), site.role.suffix, site.shape, site.rank)
         key = (*key, site.alpha, site.scale, _axes(site))
         groups.setdefault(key, []).append(site)
-    rows: list[tuple[str, ...]] = [HEAD]
+    spectra = plan.spectra
+    rows: list[tuple[str, ...]] = [HEAD if spectra is None else (*HEAD, "explained")]
     for sites in groups.values():
         site = sites[0]
         use = f" ({site.use})" if site.use else ""
@@ -34,6 +36,7 @@ def table(plan: "Plan") -> str:
                 _axes(site),
                 *_numbers(site),
                 f"{sum(s.trainable for s in sites):,}",
+                *(() if spectra is None else (_explained(spectra, sites),)),
             )
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -60,6 +63,15 @@ def _numbers(site: Site) -> tuple[str, str, str]:
     if not site.rank:
         return ("-", "-", "-")
     return str(site.rank), f"{site.alpha:g}", f"{site.scale:.4g}"
+
+
+def _explained(spectra: Spectra, sites: list[Site]) -> str:
+    """The shares of their energy that ranks explain: one, or the least and the most."""
+    shares = [spectra.explained(s.name, s.rank) for s in sites if s.name in spectra]
+    if not shares:
+        return "-"
+    least, most = (f"{100 * share:.1f}" for share in (min(shares), max(shares)))
+    return f"{least} %" if least == most else f"{least} to {most} %"
 
 
 def _axes(site: Site) -> str:

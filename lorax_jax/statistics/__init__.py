@@ -2,6 +2,7 @@
 
 from ._base import Principal as Principal
 from ._base import Statistic as Statistic
+from ._gradient_factors import GradientFactors as GradientFactors
 from ._moments import Moments as Moments
 from ._moments import MomentsState as MomentsState
 from ._pca import Pca as Pca

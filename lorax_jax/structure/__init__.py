@@ -33,4 +33,5 @@ from ._products import cost as cost
 from ._products import product as product
 from ._products import wide as wide
 from ._ragged import Ragged as Ragged
+from ._rows import Rows as Rows
 from ._take import Take as Take

@@ -8,6 +8,7 @@ import jax
 from ._axes import Unstructured
 from ._factor import Factor
 from ._products import OperandLabel
+from ._rows import Rows
 
 AxisRole = Literal["in", "out", "batch"]
 Use = Literal["lookup", "head"]
@@ -63,6 +64,14 @@ class Bilinear(abc.ABC):
         if not set(factor.axes) <= set(self.out_labels):
             return None
         return factor.aligned(self.out_labels)
+
+    def as_rows(self, x: jax.Array) -> Rows:
+        """The operand as rows that are multiplied by the weight's matrices.
+
+        Raises:
+            Unstructured: if it multiplies none.
+        """
+        return Rows(x, self.x_labels)
 
     @abc.abstractmethod
     def low_rank(self, x: jax.Array, a: Factor, b: Factor, like: Any) -> jax.Array:

@@ -1,6 +1,7 @@
 """`Conv`: convolutions, in every layout of `conv_general_dilated`."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from ._bilinear import AxisRole, Bilinear, down_and_up
 from ._factor import Factor
 from ._groups import MEMBER, apart, together
 from ._products import OperandLabel, arrange, product, product_labels
+from ._rows import Rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +103,23 @@ class Conv(Bilinear):
             preferred_element_type=self.output_dtype,
             out_sharding=self.out_sharding,
         )
+
+    def as_rows(self, x: jax.Array) -> Rows:
+        """The patches of `x` that the window covers, point by point."""
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            x = x.astype(jnp.float32)
+        inputs = (*self.window, self.in_axis)
+        sizes = tuple(self.shape[axis] for axis in inputs)
+        d_in = math.prod(sizes)
+        # Each output of this convolution is one entry of the patch.
+        kernel = jnp.eye(d_in, dtype=x.dtype).reshape(*sizes, 1, d_in)
+        kernel = jnp.broadcast_to(kernel, (*sizes, self.groups, d_in))
+        exact = dataclasses.replace(self, precision=lax.Precision.HIGHEST)
+        patches = exact._convolve(x, kernel.reshape(*sizes, -1))
+        at = self.numbers.out_spec[1]
+        before, behind = patches.shape[:at], patches.shape[at + 1 :]
+        array = patches.reshape(*before, self.groups, *sizes, *behind)
+        return Rows(array, self._labels(GROUP, *inputs), plain=False)
 
     def low_rank(self, x: jax.Array, a: Factor, b: Factor, like: Any) -> jax.Array:
         if not jnp.issubdtype(x.dtype, jnp.floating):

@@ -11,6 +11,7 @@ from ._axes import RANK, Label, Unstructured
 from ._bilinear import AxisRole, Bilinear, down_and_up
 from ._factor import Factor, align
 from ._products import OperandLabel, arrange, product
+from ._rows import Rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +83,14 @@ class Ragged(Bilinear):
         if not set(labels) <= set(self.out_labels):
             return None
         return align(values, labels, self.out_labels)
+
+    def as_rows(self, x: jax.Array) -> Rows:
+        if self.group_sizes.ndim > 1:
+            raise Unstructured("groups differ by batch")
+        ends = jnp.cumsum(self.group_sizes)
+        member = jnp.searchsorted(ends, jnp.arange(self.rows), side="right")
+        row = ("x", self.ragged)
+        return Rows(x, self.x_labels, member, row, self.group, plain=False)
 
     def low_rank(self, x: jax.Array, a: Factor, b: Factor, like: Any) -> jax.Array:
         if not jnp.issubdtype(x.dtype, jnp.floating):

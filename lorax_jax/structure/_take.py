@@ -6,10 +6,11 @@ from typing import Any, ClassVar
 import jax
 from jax import lax
 
-from ._axes import Label
+from ._axes import Label, Unstructured
 from ._bilinear import AxisRole, Bilinear, Use
 from ._factor import Factor
 from ._products import OperandLabel, arrange, product
+from ._rows import Rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +53,9 @@ class Take(Bilinear):
         labels = self.row_labels(x, tuple(range(weight.ndim)))
         order = [labels.index(label) for label in self.out_labels]
         return lax.transpose(self.rows(x, weight, self.axis), order)
+
+    def as_rows(self, x: jax.Array) -> Rows:
+        raise Unstructured("it looks rows up by number, and numbers have no statistics")
 
     def low_rank(self, x: jax.Array, a: Factor, b: Factor, like: Any) -> jax.Array:
         first, second = (a, b) if a.holds(self.axis) else (b, a)

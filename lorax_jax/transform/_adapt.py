@@ -79,7 +79,7 @@ def adapt(
         leaves, tree = jax.tree.flatten((args, kwargs), is_leaf=is_weight)
         if not any(is_weight(leaf) for leaf in leaves):
             return fn(*args, **kwargs)
-        dynamic = [_is_dynamic(leaf) for leaf in leaves]
+        dynamic = [is_dynamic(leaf) for leaf in leaves]
         static = tuple(
             None if moves else leaf for leaf, moves in zip(leaves, dynamic, strict=True)
         )
@@ -173,7 +173,7 @@ def _is_array(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array | np.ndarray | np.generic)
 
 
-def _is_dynamic(leaf: Any) -> bool:
+def is_dynamic(leaf: Any) -> bool:
     return _is_array(leaf) or is_weight(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
 
 

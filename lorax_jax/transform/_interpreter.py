@@ -5,10 +5,13 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
+
 from .._errors import TransformError
 from ..adapters import Adapted
 from ..structure import Unstructured
 from . import _jaxpr
+from ._notes import Note, consuming, noting, take
 from ._options import Options
 from ._registry import RULES, Operand
 
@@ -27,26 +30,54 @@ class Run:
 
     def retrace(
         self, jaxpr: Any, operands: Sequence[Any], drop: tuple[int, ...] = ()
-    ) -> tuple[Any, list[Any]]:
+    ) -> "Inner":
         """Traces an inner jaxpr again, with weights among its operands.
 
         Args:
             jaxpr: the inner jaxpr, closed or open.
             operands: a value or type for each of its inputs; weights among them.
             drop: results that the new jaxpr does without.
-
-        Returns:
-            The new closed jaxpr, whose inputs are the leaves of `operands`, and the
-            results as types, weights among them.
         """
         return retrace(jaxpr, operands, self.options, drop)
 
 
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    """An inner jaxpr that was traced again, with weights among its operands.
+
+    Attributes:
+        jaxpr: the new closed jaxpr. Its inputs are the leaves of the operands, its
+            results the leaves of `kinds`, then those of `notes`.
+        kinds: the results as types, weights among them.
+        notes: the notes that terms take inside, as types.
+    """
+
+    jaxpr: Any
+    kinds: list[Any]
+    notes: list[Note]
+
+    def results(self, flat: Sequence[Any]) -> list[Any]:
+        """What the call of the jaxpr gave, as arrays and weights; its notes are taken.
+
+        Of a scan, each note has entries for all of its steps.
+        """
+        structure = jax.tree.structure((self.kinds, self.notes))
+        outs, notes = jax.tree.unflatten(structure, flat)
+        take(*notes)
+        return outs
+
+
 def retrace(
     jaxpr: Any, operands: Sequence[Any], options: Options, drop: tuple[int, ...] = ()
-) -> tuple[Any, list[Any]]:
+) -> Inner:
     """`Run.retrace` outside of a run."""
-    return _body(jaxpr, options, drop)(*operands)
+    return traced(_body(jaxpr, options, drop), *operands)
+
+
+def traced(body: Callable[..., Any], *operands: Any) -> Inner:
+    """A body that returns `(results, notes)`, traced on operands."""
+    jaxpr, (kinds, notes) = body(*operands)
+    return Inner(jaxpr, kinds, notes)
 
 
 @_jaxpr.keyed_by_jaxpr
@@ -58,8 +89,9 @@ def _body(jaxpr: Any, options: Options, drop: tuple[int, ...]):
 
     def body(*operands):
         inner, consts = _jaxpr.closed(jaxpr())
-        outs = interpret(inner, consts, operands, options)
-        return [out for i, out in enumerate(outs) if i not in drop]
+        with noting() as notes:
+            outs = interpret(inner, consts, operands, options)
+        return [out for i, out in enumerate(outs) if i not in drop], notes
 
     return _jaxpr.trace(body)
 
@@ -184,7 +216,8 @@ def _consumed(run: Run, rule: Any, eqn: Any, values: list[Any]) -> list[Any]:
         operands[other] = x
         return _jaxpr.bind(eqn, operands)[0]
 
-    return [weight.consume(values[other], op, product)]
+    with consuming(eqn, other, run.producer):
+        return [weight.consume(values[other], op, product)]
 
 
 def _structural(run: Run, rule: Any, eqn: Any, values: list[Any]) -> list[Any]:

@@ -33,6 +33,7 @@ __all__ = [
     "bind",
     "closed",
     "eqn_scope",
+    "evaluate",
     "equations",
     "inner_jaxprs",
     "is_literal",
@@ -139,6 +140,11 @@ def bind(eqn: Any, operands: Sequence[Any], **changes: Any) -> list[Any]:
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
+def evaluate(jaxpr: Closed, operands: Sequence[Any]) -> list[Any]:
+    """The results of a closed jaxpr."""
+    return core.jaxpr_as_fun(jaxpr)(*operands)
+
+
 def closed(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
     """An inner jaxpr, closed or open, as `(jaxpr, consts)`."""
     consts = getattr(jaxpr, "consts", ())
@@ -161,13 +167,18 @@ def scan_counts(eqn: Any) -> tuple[int, int]:
     return params["num_consts"], params["num_carry"]
 
 
-def scan_params(eqn: Any, consts: int, carry: int, xs: int) -> dict[str, Any]:
-    """The parameters by which a scan with other operands differs from `eqn`."""
+def scan_params(
+    eqn: Any, consts: int, carry: int, xs: int, more: int = 0
+) -> dict[str, Any]:
+    """The parameters by which a scan with other operands differs from `eqn`.
+
+    `more` counts the results that it stacks beside those of `eqn`.
+    """
     if "ft_in" not in eqn.params:
         return {"num_consts": consts, "num_carry": carry}
     from jax._src import flattree  # pyright: ignore  (not before JAX 0.11)
 
-    ys = len(eqn.outvars) - scan_counts(eqn)[1]
+    ys = len(eqn.outvars) - scan_counts(eqn)[1] + more
     ft_in = flattree.pack(tuple(map(flattree.nones, (consts, carry, xs))))
     ft_out = flattree.pack((flattree.nones(carry), flattree.nones(ys)))
     return {"ft_in": ft_in, "ft_out": ft_out}

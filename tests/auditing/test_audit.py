@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawn import started
 from jax import lax
 
 import lorax_jax as lj
@@ -108,6 +109,16 @@ def test_a_good_step_passes(stack, each):
     assert all(check.passed for check in report.checks)
     same = jax.tree.map(np.array_equal, before, (params, adapter, x))
     assert jax.tree.all(same)
+
+
+@pytest.mark.parametrize("frozen", [(), ("a",), ("b",)])
+def test_starting_and_frozen_factors_pass(stack, each, frozen):
+    fn = model(stack, each)
+    params, _, x = build(fn)
+    plan = lj.plan(lj.LoraConfig(["layers", "head"], rank=6), params, fn, (x,))
+    report = lj.audit(fn, params, started(plan, frozen=frozen), x)
+    assert report.ok, str(report)
+    assert all(check.passed for check in report.checks)
 
 
 @pytest.mark.parametrize("scan, remat", [(False, None), (True, "full")])

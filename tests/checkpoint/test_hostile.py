@@ -116,15 +116,40 @@ def test_layers_that_are_not_so(make, folder, ranges, match):
         load(folder, make("llama"))
 
 
-@pytest.mark.parametrize(
-    "init", ["pissa", "pissa_niter_4", "OLoRA", "corda", "lora_ga", "loftq"]
-)
+@pytest.mark.parametrize("init", ["pissa_niter_4", "corda", "lora_ga"])
 def test_residuals_of_the_base_are_refused(make, folder, init):
+    """Those whose start is not a function of the weight."""
     reconfigure(folder, init_lora_weights=init)
-    with pytest.raises(
-        CheckpointError, match="trains on a residual of the base: .*Convert"
-    ):
+    with pytest.raises(CheckpointError, match="belong to a residual of the base"):
         load(folder, make("llama"))
+
+
+@pytest.mark.parametrize(
+    ("init", "match"),
+    [
+        ("loftq", "replaces the base by a quantized one"),
+        ("PISSA", "which PEFT does not know"),
+        ("pissa_niter_x", "which PEFT does not know"),
+        (["pissa"], "which PEFT does not know"),
+        (3, "which PEFT does not know"),
+    ],
+)
+def test_starts_that_are_none(make, folder, init, match):
+    reconfigure(folder, init_lora_weights=init)
+    with pytest.raises(CheckpointError, match=match):
+        load(folder, make("llama"))
+    with pytest.raises(ConfigError, match=match):
+        lj.LoraConfig.from_peft(folder, make("llama").names)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", "lora_ga", "mica"])
+def test_a_start_that_was_edited(make, tmp_path, init):
+    """Our tensors are for the base itself, and B of this adapter is trained."""
+    made = make("llama")
+    folder = made.save(tmp_path / "a")
+    reconfigure(folder, init_lora_weights=init)
+    with pytest.raises(CheckpointError, match="disagree about init_lora_weights"):
+        load(folder, made)
 
 
 @pytest.mark.parametrize("init", [True, False, None, "gaussian", "eva", "orthogonal"])

@@ -10,6 +10,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from drawn import started
 from safetensors.numpy import load_file, save_file
 
 import lorax_jax as lj
@@ -185,6 +186,36 @@ def test_inspect_lists_what_does_nothing(run, adapter):
     assert result.exit_code == 0, result.output
     assert "B is still zero in 1 sites" in result.stdout
     assert "  layers/1/mlp/up_proj/kernel\n" in result.stdout
+
+
+def test_inspect_what_started_from_the_weights(run, tiny_model, here):
+    """Sizes of what is trained, and of what is added; what has not moved adds none."""
+    model, params = models.load(tiny_model)
+    config = lj.LoraConfig(".*/(q|v)_proj/kernel", rank=2)
+    ids = np.zeros((1, 4), np.int32)
+    plan = lj.plan(config, params, fn=model.apply, args=(ids,))
+    adapter = started(plan)
+    still = "layers/1/self_attn/q_proj/kernel"
+    fixed = adapter.fixed[still]
+    adapter.train[still] = {"a": fixed["a0"], "b": fixed["b0"]}
+    save = {"plan": plan, "names": model.names, "base_model_name_or_path": tiny_model}
+    lj.save_adapter("started", adapter, **save)
+    result = run("inspect", "started")
+    assert result.exit_code == 0, result.output
+    assert f"trainable params: {plan.trainable:,d} " in result.stdout
+    assert f"nothing:\n  {still}\n" in result.stdout
+    name = "layers/0/self_attn/q_proj/kernel"
+    train, fixed = adapter.train[name], adapter.fixed[name]
+    change = train["a"] @ train["b"] - fixed["a0"] @ fixed["b0"]
+    sizes = [np.linalg.norm(x) for x in (train["a"], train["b"], change)]
+    lines = result.stdout.splitlines()
+    line = next(x for x in lines if x.startswith(name) and "e" in x and "|" not in x)
+    np.testing.assert_allclose([*map(float, line.split()[1:])], sizes, rtol=2e-3)
+    assert run("merge", "started", "merged").exit_code == 0
+    lj.save_adapter("frozen", started(plan, frozen=("b",)), **save)
+    result = run("inspect", "frozen")
+    assert result.exit_code == 0, result.output
+    assert "Every B has moved away from zero." in result.stdout
 
 
 def test_inspect_a_model(run, tiny_model, here):

@@ -263,8 +263,7 @@ def test_square_kernels_beside_a_head(twin, tmp_path):
 
 REFUSED = {
     "alora_invocation_tokens": {"alora_invocation_tokens": [5]},
-    "init_lora_weights": {"init_lora_weights": "pissa"},
-    "olora": {"init_lora_weights": "olora"},
+    "init_lora_weights": {"init_lora_weights": "pissa_niter_2"},
 }
 
 

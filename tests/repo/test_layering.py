@@ -14,7 +14,7 @@ ROOT = Path(lorax_jax.__file__).parent
 LEVELS = [
     {"_errors"},
     {"errors"},
-    {"_paths", "_json", "_ranges"},
+    {"_paths", "_json", "_ranges", "_linalg"},
     {"structure", "statistics", "_names", "_parts", "_growth"},
     {"_peft", "_rule"},
     {"_config", "quant", "models", "_functional"},
@@ -23,6 +23,7 @@ LEVELS = [
     {"initializers"},
     {"planning"},
     {"merging", "capturing", "allocating", "_count"},
+    {"conversion"},
     {"checkpoint", "embedded", "auditing"},
     {"_load_adapted"},
     {"train"},

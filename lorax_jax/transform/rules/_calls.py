@@ -28,14 +28,9 @@ def spread(values, groups, operands, fill):
     return tuple(out)
 
 
-def unflatten(kinds, results) -> list:
-    """Groups the results of a new inner jaxpr into arrays and weights."""
-    return jax.tree.unflatten(jax.tree.structure(kinds), results)
-
-
 @rule("jit", "pjit", policy="enters", note="re-jitted under its own name")
 def _jit(run, eqn, operands):
-    jaxpr, kinds = run.retrace(eqn.params["jaxpr"], operands)
+    inner = run.retrace(eqn.params["jaxpr"], operands)
     groups = leaves(operands)
     # One entry an operand: shardings, layouts and donation. A base is never donated,
     # for one base serves many adapters.
@@ -57,29 +52,30 @@ def _jit(run, eqn, operands):
             )
         ]
         changes["donated_invars"] = spread(flags, groups, operands, False)
-    outs = leaves(kinds)
+    outs, notes = leaves(inner.kinds), jax.tree.leaves(inner.notes)
     for name, fill in (("out_shardings", _jaxpr.UNSPECIFIED), ("out_layouts", None)):
         if name in eqn.params:
-            changes[name] = spread(eqn.params[name], outs, kinds, fill)
+            own = spread(eqn.params[name], outs, inner.kinds, fill)
+            changes[name] = (*own, *[fill] * len(notes))
     flat = [leaf for group in groups for leaf in group]
-    return unflatten(kinds, _jaxpr.bind(eqn, flat, jaxpr=jaxpr, **changes))
+    return inner.results(_jaxpr.bind(eqn, flat, jaxpr=inner.jaxpr, **changes))
 
 
 @rule("remat2", "remat", "checkpoint", policy="enters", note="saves `x A`, not `x A B`")
 def _remat(run, eqn, operands):
-    jaxpr, kinds = run.retrace(eqn.params["jaxpr"], operands)
-    inner = _jaxpr.open_jaxpr(jaxpr)
+    inner = run.retrace(eqn.params["jaxpr"], operands)
+    body = _jaxpr.open_jaxpr(inner.jaxpr)
     groups = leaves(operands)
-    changes = {"jaxpr": inner}
+    changes = {"jaxpr": body}
     if eqn.params["policy"] is not None:
-        changes["policy"] = _thin(inner, eqn.params["policy"])
+        changes["policy"] = _thin(body, eqn.params["policy"])
     if isinstance(eqn.params["prevent_cse"], tuple):  # from JAX 0.9, one an operand
         flags = eqn.params["prevent_cse"]
         changes["prevent_cse"] = tuple(
             flag for flag, group in zip(flags, groups, strict=True) for _ in group
         )
     flat = [leaf for group in groups for leaf in group]
-    return unflatten(kinds, _jaxpr.bind(eqn, flat, **changes))
+    return inner.results(_jaxpr.bind(eqn, flat, **changes))
 
 
 @_jaxpr.keyed_by_jaxpr

@@ -5,6 +5,8 @@ import jax
 from ...adapters import Adapted
 from ...structure import Unstructured
 from .. import _jaxpr
+from .._interpreter import Inner, traced
+from .._notes import Note, agreed, filled
 from .._registry import rule
 
 
@@ -14,15 +16,29 @@ def _cond(run, eqn, operands):
     branches = eqn.params["branches"]
     same = _handed_back(branches, operands)
     drop = tuple(same)
-    traced = [run.retrace(branch, operands, drop=drop) for branch in branches]
-    for results in zip(*(kinds for _, kinds in traced), strict=True):
+    inner = [run.retrace(branch, operands, drop=drop) for branch in branches]
+    for results in zip(*(branch.kinds for branch in inner), strict=True):
         _check_agreement(results)
-    kinds = traced[0][1]
+    notes = agreed([branch.notes for branch in inner])
+    if notes:
+        inner = [traced(_noting(branch, notes), operands) for branch in inner]
     flat = [which, *jax.tree.leaves(operands)]
-    bound = _jaxpr.bind(eqn, flat, branches=tuple(jaxpr for jaxpr, _ in traced))
-    results = iter(jax.tree.unflatten(jax.tree.structure(kinds), bound))
+    bound = _jaxpr.bind(eqn, flat, branches=tuple(branch.jaxpr for branch in inner))
+    results = iter(inner[0].results(bound))
     outs = range(len(eqn.outvars))
     return [operands[same[i]] if i in same else next(results) for i in outs]
+
+
+def _noting(branch: Inner, notes: list[Note]):
+    """A branch that returns `notes`, zeros for those that it does not take."""
+
+    def body(operands):
+        flat = _jaxpr.evaluate(branch.jaxpr, jax.tree.leaves(operands))
+        structure = jax.tree.structure((branch.kinds, branch.notes))
+        outs, taken = jax.tree.unflatten(structure, flat)
+        return outs, filled(taken, notes)
+
+    return _jaxpr.trace(body)
 
 
 def _handed_back(branches, operands) -> dict[int, int]:

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from ...adapters import Adapted
 from ...structure import Factor, Unstructured, is_factor
 from .. import _jaxpr
-from .._interpreter import interpret
+from .._interpreter import interpret, traced
+from .._notes import noting
 from .._registry import rule
 
 
@@ -114,8 +115,9 @@ def _body(jaxpr: Any, options: Any, n_carry: int, invariant: tuple[int, ...]):
             *woven(kept, carry, invariant, n_carry),
             *[x.join(next(fixed)) if isinstance(x, _Stacked) else x for x in xs],
         ]
-        outs = interpret(inner, constants, operands, options)
-        return [out for i, out in enumerate(outs) if i not in invariant]
+        with noting() as notes:
+            outs = interpret(inner, constants, operands, options)
+        return [out for i, out in enumerate(outs) if i not in invariant], notes
 
     return _jaxpr.trace(body)
 
@@ -143,13 +145,14 @@ def _scan(run, eqn, operands):
 
     slices = jax.tree.map(_jaxpr.unstacked, xs)
     body = _body(eqn.params["jaxpr"], run.options, n_carry, invariant)
-    jaxpr, kinds = body(consts, kept, fixed, moving, slices)
-    check_no_weight(kinds[: len(moving)])
-    if any(isinstance(kind, Adapted) for kind in kinds):
+    step = traced(body, consts, kept, fixed, moving, slices)
+    check_no_weight(step.kinds[: len(moving)])
+    if any(isinstance(kind, Adapted) for kind in step.kinds):
         raise Unstructured("a scan stacks an adapted weight as a result")
     flat_consts = jax.tree.leaves((consts, kept, fixed))
     flat_xs = jax.tree.leaves(xs)
-    counts = _jaxpr.scan_params(eqn, len(flat_consts), len(moving), len(flat_xs))
+    more = len(jax.tree.leaves(step.notes))  # stacked, step by step
+    counts = _jaxpr.scan_params(eqn, len(flat_consts), len(moving), len(flat_xs), more)
     flat = [*flat_consts, *moving, *flat_xs]
-    results = _jaxpr.bind(eqn, flat, jaxpr=jaxpr, **counts)
+    results = step.results(_jaxpr.bind(eqn, flat, jaxpr=step.jaxpr, **counts))
     return woven(kept, results, invariant, len(eqn.outvars))

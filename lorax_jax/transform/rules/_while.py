@@ -2,8 +2,10 @@
 
 import jax
 
+from ...structure import Unstructured
 from .. import _jaxpr
 from .._interpreter import interpret
+from .._notes import noting
 from .._registry import rule
 from ._scan import check_no_weight, invariants, woven
 
@@ -15,7 +17,13 @@ def _step(jaxpr, options, n_carry, invariant, drop):
     def step(consts, kept, moving):
         inner, constants = _jaxpr.closed(jaxpr())
         carry = woven(kept, moving, invariant, n_carry)
-        outs = interpret(inner, constants, [*consts, *carry], options)
+        with noting() as notes:
+            outs = interpret(inner, constants, [*consts, *carry], options)
+        if notes:
+            raise Unstructured(
+                "something is noted in every step, and how many there are is not "
+                "known before it runs"
+            )
         return [out for i, out in enumerate(outs) if i not in drop]
 
     return _jaxpr.trace(step)

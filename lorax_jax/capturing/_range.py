@@ -1,0 +1,63 @@
+"""The two halves of a randomized decomposition: a basis, and the triplets in it."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ..statistics import GradientFactors
+
+
+@jax.jit
+def basis(y: Float[Array, "*n rows size"]) -> Float[Array, "*n rows size"]:
+    """Orthonormal columns whose span holds that of `y`'s; `size` at most `rows`."""
+    return jnp.linalg.qr(_of_order_one(y)[0])[0]
+
+
+@jax.jit
+def triplets_of_columns(
+    y: Float[Array, "*n d_in size"], v: Float[Array, "*n size d_out"]
+) -> GradientFactors:
+    r"""The singular triplets of $G$ from $Y = G V^\top$, $V$ with orthonormal rows.
+
+    Where the rows of $V$ span those of $G$, $G = Y V$, and with $Y = Q R$ and
+    $R = \tilde U S \tilde V$ the triplets are $Q \tilde U, S, \tilde V V$.
+    """
+    left, s, right = _triplets(y)
+    return _signed(left, s, jnp.matmul(right, v, precision="highest"))
+
+
+@jax.jit
+def triplets_of_rows(
+    z: Float[Array, "*n size d_out"], u: Float[Array, "*n d_in size"]
+) -> GradientFactors:
+    r"""The same from $Z = U^\top G$, $U$ with orthonormal columns."""
+    right, s, left = _triplets(_turned(z))  # Z^T = right s left
+    left = jnp.matmul(u, _turned(left), precision="highest")
+    return _signed(left, s, _turned(right))
+
+
+def _triplets(y: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    y, size = _of_order_one(y)
+    q, r = jnp.linalg.qr(y)
+    u, s, v = jnp.linalg.svd(r)  # small: (*n, size, size)
+    return jnp.matmul(q, u, precision="highest"), s * size[..., 0], v
+
+
+def _signed(u: jax.Array, s: jax.Array, v: jax.Array) -> GradientFactors:
+    largest = jnp.argmax(jnp.abs(u), axis=-2, keepdims=True)
+    sign = jnp.sign(jnp.take_along_axis(u, largest, axis=-2))  # (*n, 1, size)
+    return GradientFactors(u * sign, s, v * _turned(sign))
+
+
+def _turned(x: jax.Array) -> jax.Array:
+    return jnp.swapaxes(x, -1, -2)
+
+
+def _of_order_one(y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`y` by its largest entry, so that no square underflows, and that entry.
+
+    Gradients of a mean over many tokens are small: 1e-20 and less happens, the square
+    of which float32 does not have.
+    """
+    size = jnp.abs(y).max(axis=(-1, -2), keepdims=True)
+    return y / jnp.where(size > 0, size, 1), size
