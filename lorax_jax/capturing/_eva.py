@@ -71,7 +71,9 @@ def eva(
     Args:
         plan: whose sites get new ranks. Its own ranks add up to the budget.
         step: `step(states, batch) -> states` runs the model on a batch and takes in
-            what its sites are fed.
+            what its sites are fed. With `gather = capture(fn, plan, stat=Pca(...))` and
+            `stats = gather.init()` it is, compiled, `gather(dataclasses.replace(stats,
+            states=states), params, *batch).states`, and `states` is `stats`.
         states: name of a slot -> the states of `Pca` for its layers, before any row.
             Sites of slots that are not there keep their ranks.
         batches: of any kind that `step` takes. A list, or what else can be gone through
