@@ -71,7 +71,9 @@ def eva(
     Args:
         plan: whose sites get new ranks. Its own ranks add up to the budget.
         step: `step(states, batch) -> states` runs the model on a batch and takes in
-            what its sites are fed.
+            what its sites are fed. With `gather = capture(fn, plan, stat=Pca(...))` and
+            `stats = gather.init()` it is, compiled, `gather(dataclasses.replace(stats,
+            states=states), params, *batch).states`, and `states` is `stats`.
         states: name of a slot -> the states of `Pca` for its layers, before any row.
             Sites of slots that are not there keep their ranks.
         batches: of any kind that `step` takes. A list, or what else can be gone through
@@ -99,6 +101,20 @@ def eva(
 
     Warns:
         CaptureWarning: if sites have not settled when `max_batches` or the batches end.
+
+    Example:
+        >>> import jax, lorax_jax as lj
+        >>> from lorax_jax.statistics import Pca
+        >>> weight, stat = jax.ShapeDtypeStruct((6, 4), "float32"), Pca(2)
+        >>> roles = {"w": {"inputs": (0,), "outputs": (1,)}}
+        >>> plan = lj.plan(lj.LoraConfig("w", rank=1), {"w": weight}, roles=roles)
+        >>> def step(states, rows):  # the model: what it feeds to "w"
+        ...     sums = stat.observe(rows, None, stat.context(states["w"]))
+        ...     return {"w": stat.update(states["w"], sums)}
+        >>> batches = [jax.random.normal(jax.random.key(i), (9, 6)) for i in range(3)]
+        >>> found = eva(plan, step, {"w": stat.init(6)}, batches, tau=0.5)
+        >>> [(site.path, site.rank) for site in found.plan], found.unsettled
+        ([('w', 1)], ())
 
     References:
         Paischer et al., "Parameter Efficient Fine-tuning via Explained Variance

@@ -126,7 +126,8 @@ def corda(
             "own."
         )
     weight = weight.astype(jnp.float32)
-    _, s, ut = _svd(_product(_damped(second, options), weight))
+    weighed = _product(_damped(second, options), weight)  # (d_in, d_out)
+    _, s, ut = jnp.linalg.svd(weighed, full_matrices=False)
     sel = slice(0, rank) if options.mode == "ipm" else slice(len(s) - rank, None)
     s, ut = s[sel], ut[sel]  # (rank,), (rank, d_out)
     # C'^-1 V S = W U, for C' W U = V S: without an inverse, whose digits C' has not.
@@ -180,11 +181,6 @@ def _damped(second: Float[Array, "d d"], options: Corda) -> Float[Array, "d d"]:
 
 # With this share of its diagonal added, a matrix is its diagonal in float32.
 _MOST = 2.0**24
-
-
-def _svd(matrix: Array) -> tuple[Array, Array, Array]:
-    u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
-    return u, s, vt
 
 
 def _product(x: Array, y: Array) -> Array:

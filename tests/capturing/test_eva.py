@@ -1,5 +1,6 @@
 """EVA's procedure: when sites settle, and what ends it."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -51,16 +52,13 @@ BATCHES = [batch(seed) for seed in range(3)]
 
 
 class Steps:
-    """`take`, remembering which slots moved at each step."""
+    """`take`, remembering how many rows each slot had at each step."""
 
     def __init__(self):
-        self.before, self.moved = None, []
+        self.counts = []
 
     def __call__(self, states, given):
-        if self.before is not None:
-            names = [n for n in states if states[n].count != self.before[n].count]
-            self.moved.append("".join(names))
-        self.before = states
+        self.counts.append({name: float(one.count) for name, one in states.items()})
         return take(states, given)
 
 
@@ -95,14 +93,17 @@ def test_a_site_whose_rank_grows_moves_again():
     u = [60.0, 20.0, 20.0, 20.0] + [0.1] * (D - 4)
     lines = [scaled(np.eye(D)[i] * 9.0**i, 50 + i) for i in range(5)]
     wide = [100.0 * flat(40, 60 + i) for i in range(3)]
-    batches = [{"u": scaled(u, i), "v": v} for i, v in enumerate([*lines, *wide] * 9)]
+    batches = [
+        {"u": scaled(u, 100 + i), "v": v} for i, v in enumerate([*lines, *wide] * 9)
+    ]
     plan, steps = plan_of(rank=1, names="uv"), Steps()
     found = eva(plan, steps, fresh(plan), iter(batches), tau=0.95)
     assert {s.name: s.rank for s in found.plan} == {"u": 2}
-    moved = ["u" in names for names in steps.moved]
-    # The first entry is the look at which sites share an input.
-    changes = [b for a, b in itertools.pairwise(moved[1:]) if a != b]
-    assert changes[:2] == [False, True], steps.moved  # it stopped, and moved again
+    # The first step is the look at which sites share an input.
+    counts = [one["u"] for one in steps.counts[1:]] + [float(found.states["u"].count)]
+    moved = [b > a for a, b in itertools.pairwise(counts)]
+    changes = [b for a, b in itertools.pairwise(moved) if a != b]
+    assert changes[:2] == [False, True], counts  # it stopped, and moved again
 
 
 def test_layers_of_a_stack():
@@ -191,6 +192,42 @@ def test_states_start_an_adapter():
         )
         np.testing.assert_array_equal(start.a, state.components[: site.rank].T)
         assert np.linalg.matrix_rank(start.a) == site.rank
+
+
+def test_with_a_capture():
+    """From a scanned model to an adapter, in one piece."""
+    keys = jax.random.split(jax.random.key(0), 2)
+    params = {
+        n: jax.random.normal(k, (3, D, D)) / 4 for n, k in zip("ab", keys, strict=True)
+    }
+
+    def fn(params, x):
+        def layer(x, w):
+            return jnp.tanh(x @ w["a"]) + x @ w["b"], None
+
+        return jax.lax.scan(layer, x, params)[0]
+
+    plan = lj.plan(lj.LoraConfig("[ab]", rank=2, init="eva"), params, fn, (rows(30),))
+    gather = lj.capture(fn, plan, stat=STAT)
+    stats = gather.init()
+
+    @jax.jit
+    def step(states, batch):
+        return gather(dataclasses.replace(stats, states=states), params, batch).states
+
+    given = [rows(30, seed) for seed in range(4)]
+    found = eva(plan, step, stats, given, tau=0.9)
+    assert found.shared == tuple((f"{i}/a", f"{i}/b") for i in range(3))
+    adapter = lj.init(found.plan, params, key=keys[0], stats=found.states)
+    ranks = {site.name: site.rank for site in found.plan}
+    for name, factors in adapter.train.items():
+        components = np.asarray(found.states[name].components)  # (3, k, D)
+        for i in range(3):
+            rank = ranks.get(f"{i}/{name}", 0)
+            expected = components[i, :rank].T
+            np.testing.assert_array_equal(factors["a"][i, :, :rank], expected)
+            assert not factors["a"][i, :, rank:].any()
+        assert not factors["b"].any()
 
 
 def test_a_bar(capsys):
