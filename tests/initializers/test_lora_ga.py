@@ -256,9 +256,7 @@ def test_init_asks_for_gradients(key):
     params = jax.tree.map(jnp.asarray, WEIGHTS)
     config = lj.LoraConfig(list(NAMES), rank=RANK, init="lora_ga")
     plan = lj.plan(config, params, apply, (XS[0],))
-    with pytest.raises(
-        PlanError, match="`capture_grad` where it starts from gradients"
-    ):
+    with pytest.raises(PlanError, match="`capture_grad` where it starts"):
         lj.init(plan, params, key=key)
 
 
@@ -316,6 +314,17 @@ def test_options_stand_for_the_name():
         stats=exact(),
     )
     assert_close(start, call(exact(), LoraGa(scale="unit")))
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_options_go_to_peft_and_back(direction, scale):
+    options = LoraGa(direction, scale, 8)
+    fields = options.to_peft()
+    assert fields["scale"] == SCALES[scale] and LoraGa.from_peft(fields) == options
+    config = pytest.importorskip("peft.tuners.lora.config").LoraGAConfig(**fields)
+    assert vars(config) == fields
+    assert LoraGa.from_peft({}) == LoraGa()
 
 
 @pytest.mark.parametrize(
