@@ -339,6 +339,8 @@ def test_refuses_what_holds_no_batches(made):
     plan, params, _, loss = made
     with pytest.raises(CaptureError, match="`batches` is a int; a list of batches"):
         lj.capture_grad(loss, plan).run(params, 3)
+    with pytest.raises(CaptureError, match="`batches` is a dict; a list of batches"):
+        lj.capture_grad(loss, plan).run(params, {"x": jnp.ones((4, 30))})
 
 
 @pytest.mark.parametrize("batches", [[], lambda: iter([])])
