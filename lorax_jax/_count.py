@@ -32,8 +32,6 @@ class Count:
 def count(params: Any, adapter: Adapter) -> Count:
     """Counts trainable values and all values, base and adapter together.
 
-    Factors that are frozen, such as MiCA's B, count among all values; starting factors
-    of the weight do not: like scales and norms they are no weights of the model.
     Weights that several layers share count once, as PEFT counts them.
     Layers of a stack count at their true ranks. On types alone
     (`jax.eval_shape`), where ranks are not known, they count as padded.
@@ -51,21 +49,24 @@ def count(params: Any, adapter: Adapter) -> Count:
         trainable params: 100 || all params: 700 || trainable%: 14.2857
     """
     base, _ = stored(params)
-    trainable = frozen = 0
-    for name, fixed in adapter.fixed.items():
-        kept = {n: fixed[n] for n in ("a", "b") if n in fixed}
-        trainable += _values(adapter.train[name], fixed)
-        frozen += _values(kept, fixed)
+    fixed = adapter.fixed.items()
+    trainable = sum(_values(adapter.train[name], site) for name, site in fixed)
+    # Factors that are kept as they were drawn are values too; starting factors, whose
+    # product is subtracted again, are none of their own.
+    kept = [({n: site[n] for n in ("a", "b") if n in site}, site) for _, site in fixed]
+    frozen = sum(_values(*one) for one in kept)
     return Count(trainable, base + trainable + frozen)
 
 
 def _values(arrays: dict[str, Any], fixed: Fixed) -> int:
-    beside = sum(math.prod(x.shape) for n, x in arrays.items() if n not in ("a", "b"))
-    factors = [arrays[name] for name in ("a", "b") if name in arrays]
+    """How many values some arrays of a site hold, factors at their true ranks."""
+    factors = [name for name in ("a", "b") if name in arrays]
+    beside = sum(math.prod(x.shape) for n, x in arrays.items() if n not in factors)
     if not factors:
         return beside
-    padded = _padded(arrays, fixed)
-    per_rank = sum(math.prod(factor.shape) for factor in factors) // padded
+    rank_axis = {"a": -1, "b": len(fixed.role.batch)}
+    padded = arrays[factors[0]].shape[rank_axis[factors[0]]]
+    per_rank = sum(math.prod(arrays[name].shape) for name in factors) // padded
     rank = fixed["rank"]
     if isinstance(rank, jax.ShapeDtypeStruct | Tracer):
         return per_rank * padded + beside
@@ -74,10 +75,3 @@ def _values(arrays: dict[str, Any], fixed: Fixed) -> int:
     # A layer of a stack that is not adapted has vectors of its own, which never move.
     beside = beside // layers * int((ranks > 0).sum())
     return per_rank // layers * int(ranks.sum()) + beside
-
-
-def _padded(arrays: dict[str, Any], fixed: Fixed) -> int:
-    """The rank that the factors are padded to, whichever of them are there."""
-    if "a" in arrays:
-        return arrays["a"].shape[-1]
-    return arrays["b"].shape[len(fixed.role.batch)]

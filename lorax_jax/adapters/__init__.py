@@ -13,7 +13,9 @@ from ._dora import column_norm as column_norm
 from ._dora import takes_inputs as takes_inputs
 from ._join import join as join
 from ._kind import KINDS as KINDS
+from ._kind import Site as Site
 from ._lora import LowRank as LowRank
+from ._lora import factors as factors
 from ._memory import on_device as on_device
 from ._random import as_key as as_key
 from ._random import dropout_keys as dropout_keys

@@ -12,4 +12,9 @@ from ._base import register as register
 from ._embedding import embedding as embedding
 from ._gaussian import gaussian as gaussian
 from ._kaiming import kaiming as kaiming
+from ._mica import mica as mica
+from ._olora import olora as olora
+from ._orthogonal import orthogonal as orthogonal
+from ._pissa import pissa as pissa
+from ._pissa import pissa_niter as pissa_niter
 from ._random import random as random

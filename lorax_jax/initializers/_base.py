@@ -61,6 +61,7 @@ class Method:
             read more than the shape.
         freezes: which of the factors (`"a"`, `"b"`) are never trained.
         stat: the statistic that is gathered for it where the user names none.
+        multiple: what the rank must be a multiple of.
         lookup: what starts an embedding table instead; `None` takes `start`.
     """
 
@@ -68,6 +69,7 @@ class Method:
     reads: Reads = "shape"
     freezes: tuple[str, ...] = ()
     stat: Any = None
+    multiple: int = 1
     lookup: Callable[..., Start] | None = None
 
 

@@ -1,5 +1,6 @@
 """`init`: from a plan to the starting adapter."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from jaxtyping import PRNGKeyArray
@@ -7,28 +8,45 @@ from jaxtyping import PRNGKeyArray
 from .. import _paths
 from .._errors import PlanError
 from ..adapters import Adapter, Fixed, as_key, is_weight
+from ._check_stats import check_stats
 from ._plan import Plan
 from ._start import start
 
 
-def init(plan: Plan, params: Any, *, key: PRNGKeyArray) -> Adapter:
-    """Draws the starting adapter of a plan.
+def init(
+    plan: Plan,
+    params: Any,
+    *,
+    key: PRNGKeyArray,
+    stats: Mapping[str, Any] | None = None,
+) -> Adapter:
+    """Makes the starting adapter of a plan.
 
     Each site draws from `key` folded with its own path, at its own rank, so the same
     model starts the same way whether its layers are stacked or unrolled, alone or with
     other sites, and on one device or many.
 
+    Initializers that read the weight are compiled once for each shape, and run where
+    the weight is. They take its layers and experts one after the other: beside the
+    base, one matrix at a time is held in float32.
+
     Args:
         plan: where the adapter acts.
         params: the parameter tree that it was planned on; never changed.
         key: PRNG key.
+        stats: name of an adapted weight (`Slot.name`) -> what was gathered there, for
+            initializers that read statistics; leading axes are those of its stacked
+            layers, then of its experts and groups.
 
     Returns:
-        An `Adapter`. Sites of a stack with smaller ranks than the largest are padded
-        with zeros in A and B alike, which no optimizer moves: their gradients are zero.
+        An `Adapter`. Starting factors, of initializers that have them, and factors
+        that are never trained are in `fixed`. Sites of a stack with smaller ranks than
+        the largest are padded with zeros in A and B alike, which no optimizer moves:
+        their gradients are zero.
 
     Raises:
-        PlanError: if `params` is not the tree of the plan.
+        PlanError: if `params` is not the tree of the plan, or `stats` are missing or
+            not of its sites.
         AdapterError: if `key` is no PRNG key.
 
     Example:
@@ -47,6 +65,7 @@ def init(plan: Plan, params: Any, *, key: PRNGKeyArray) -> Adapter:
     }
     shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
     key = as_key(key, "`init(..., key=)`")
+    stats = check_stats(plan, stats)
     train, fixed = {}, {}
     for slot in plan.slots:
         if shapes.get(slot.role.path) != slot.shape:
@@ -56,6 +75,6 @@ def init(plan: Plan, params: Any, *, key: PRNGKeyArray) -> Adapter:
                 "`init` the parameters that the plan was made on."
             )
         leaf, dtype = leaves[slot.role.path], plan.config.dtype
-        train[slot.name], more = start(slot, leaf, key, dtype)
+        train[slot.name], more = start(slot, leaf, key, dtype, stats.get(slot.name))
         fixed[slot.name] = Fixed(slot.role, more)
     return Adapter(train, fixed)

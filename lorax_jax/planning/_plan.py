@@ -8,13 +8,14 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from .. import _paths, initializers
+from .. import _paths
 from .._config import LoraConfig
 from .._errors import PlanError, PlanWarning, ReplicationError, closest, shorten
 from .._ranges import Ranges
 from ..adapters import Role, is_weight, stored
 from ..replication import layers_of, shared_layers
 from ..transform import Consumer, Leaf, read
+from ._begin import check_inits
 from ._beside import beside
 from ._rehearse import rehearse
 from ._select import Selection
@@ -162,7 +163,7 @@ def plan(
             "function and its arguments, `plan(config, params, fn=model.apply, "
             "args=(ids,))`, or declare `roles` by hand."
         )
-    _check_init(config)
+    check_inits(config)
     try:
         ranges = layers_of(params, config.layer_replication)
     except ReplicationError as error:
@@ -198,6 +199,7 @@ def plan(
     )
 
 
+<<<<<<< HEAD
 def _check_init(config: LoraConfig) -> None:
     said = [one for rule in config.rules or () for one in (rule, *rule.parts)]
     for init in (config.init, *(one.init for one in said if one.init is not None)):
@@ -211,6 +213,8 @@ def _check_init(config: LoraConfig) -> None:
             ) from None
 
 
+=======
+>>>>>>> weights
 def _declare(found: dict[str, Leaf], roles: Mapping[str, Any]) -> None:
     """Lets declared roles stand in for what the trace found."""
     for path, declared in roles.items():

@@ -55,6 +55,9 @@ def _weight(base: Any, slot: Slot, dtype: Any) -> Adapted:
         "scale": jax.ShapeDtypeStruct(slot.layers, jnp.float32),
         "rank": jax.ShapeDtypeStruct(slot.layers, jnp.int32),
     }
+    for name in slot.frozen:
+        shape = slot.shape_a() if name == "a" else slot.shape_b()
+        fixed[name] = jax.ShapeDtypeStruct(shape, dtype)
     if role.kind == "rows":
         fixed = {"ids": jax.ShapeDtypeStruct((len(slot.ids),), jnp.int32)}
     elif role.kind == "dora":

@@ -150,5 +150,5 @@ def _site(
         rank=rank,
         alpha=alpha,
         scale=plan.config.scale(rank, alpha),
-        trainable=parameters(slot.role, slot.shape, rank, vectors),
+        trainable=parameters(slot.role, slot.shape, rank, vectors, site.frozen),
     )

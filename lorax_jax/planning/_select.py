@@ -11,6 +11,7 @@ from .._errors import PlanError, closest, listing
 from .._rule import ALL_LINEAR, Rule
 from ..adapters import Role, named, not_floating
 from ..transform import Leaf
+from ._begin import check_frozen, check_method
 from ._candidates import Candidate, candidates, matches
 from ._find_role import find_role, is_linear, max_rank, table_rows
 from ._parts import check_names, check_summed, roles_of_parts, with_batch
@@ -173,14 +174,16 @@ class Selection:
         role: Role,
         sites: Mapping[tuple[int, ...], tuple[Candidate, Rule]],
     ) -> Slot:
+        every = tuple(
+            self._site(leaf, role, *sites[index]) if index in sites else None
+            for index in part_indices(role, leaf.shape)
+        )
+        check_frozen(every)
         return Slot(
             role,
             leaf.shape,
             self.dtypes[leaf.path],
-            tuple(
-                self._site(leaf, role, *sites[index]) if index in sites else None
-                for index in part_indices(role, leaf.shape)
-            ),
+            every,
             bias=self._has_bias(role),
         )
 
@@ -219,6 +222,9 @@ class Selection:
                 + "Lower `rank` for this site: "
                 f"targets={{{candidate.path!r}: {lower}, ...}}"
             )
+        init = True if rule.init is None else rule.init
+        name = named(candidate.path, role.suffix)
+        method = check_method(init, name, rule.rank, rule.alpha)
         vectors = (role.kind == "dora") + self._has_bias(role)
         return Site(
             path=candidate.path,
@@ -231,9 +237,10 @@ class Selection:
             alpha=rule.alpha,
             scale=self.config.scale(rule.rank, rule.alpha),
             rule=rule.pattern,
-            init=True if rule.init is None else rule.init,
+            init=init,
             dropout=rule.dropout or 0.0,
-            trainable=parameters(role, leaf.shape, rule.rank, vectors),
+            trainable=parameters(role, leaf.shape, rule.rank, vectors, method.freezes),
+            frozen=method.freezes,
         )
 
 

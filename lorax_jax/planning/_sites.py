@@ -32,6 +32,7 @@ class Site:
         init: how A and B start.
         dropout: probability of dropping an input of A.
         trainable: number of trainable values.
+        frozen: which of `a` and `b` is never trained.
 
     A leaf that is trained whole, and rows of a table, have no rank: it is 0.
     """
@@ -49,6 +50,7 @@ class Site:
     init: str | bool
     dropout: float
     trainable: int
+    frozen: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -112,6 +114,11 @@ class Slot:
         """Positions of the sites that are there."""
         return tuple(i for i, site in enumerate(self.sites) if site is not None)
 
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """Which of `a` and `b` is never trained, in any layer."""
+        return next(site.frozen for site in self.sites if site is not None)
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the arrays that are trained."""
         if self.role.kind == "rows":
@@ -124,6 +131,8 @@ class Slot:
             return {"whole": (*before, len(self.adapted), *behind)}
         outputs = (*self.layers, *self.experts, *self.outputs)
         found = {"a": self.shape_a(), "b": self.shape_b()}
+        for name in self.frozen:
+            del found[name]
         if self.bias:
             found["bias"] = outputs
         if self.role.kind == "dora":
@@ -175,16 +184,25 @@ class Slot:
         return a.reshape(shape_a), b.reshape(shape_b)
 
 
-def parameters(role: Role, shape: tuple[int, ...], rank: int, vectors: int = 0) -> int:
+def parameters(
+    role: Role,
+    shape: tuple[int, ...],
+    rank: int,
+    vectors: int = 0,
+    frozen: tuple[str, ...] = (),
+) -> int:
     """Trainable values of one site at `rank`.
 
     `rank * (d_in + d_out)` for each expert; with groups, `d_in` for each of them.
-    `vectors` counts what is as long as the outputs: a bias of B, a magnitude.
+    `vectors` counts what is as long as the outputs: a bias of B, a magnitude. Of what
+    is `frozen` nothing counts.
     """
     inputs = math.prod(role.sizes(shape, role.inputs))
     outputs = math.prod(role.sizes(shape, role.outputs))
     experts = math.prod(role.sizes(shape, role.batch[role.stack :]))
-    return experts * (rank * (role.groups * inputs + outputs) + vectors * outputs)
+    a = 0 if "a" in frozen else role.groups * inputs
+    b = 0 if "b" in frozen else outputs
+    return experts * (rank * (a + b) + vectors * outputs)
 
 
 def part_indices(role: Role, shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:

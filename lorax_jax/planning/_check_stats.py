@@ -1,0 +1,57 @@
+"""Whether statistics are those that a plan's initializers need."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .. import initializers
+from .._errors import PlanError, closest, shorten
+from ._plan import Plan
+
+
+def check_stats(plan: Plan, stats: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """The statistics that were given, or none.
+
+    Raises:
+        PlanError: if a weight whose initializer reads statistics has none, if there
+            are some for a weight that the plan does not adapt, or if their leading
+            axes are not its layers, experts and groups.
+    """
+    stats = {} if stats is None else stats
+    slots = {slot.name: slot for slot in plan.slots}
+    for name in stats:
+        if name not in slots:
+            raise PlanError(
+                f"`stats` holds {name!r}, which the plan does not adapt. Closest: "
+                f"{shorten(closest(name, slots))}. Gather them with this plan."
+            )
+    for name, slot in slots.items():
+        readers = [
+            site
+            for site in slot.sites
+            if site is not None and _reads(site.init) and site.rank
+        ]
+        if not readers:
+            continue
+        if name not in stats:
+            raise PlanError(
+                f"`init` = {readers[0].init!r} at {name!r} reads statistics, and "
+                f"`stats` has none for it. Gather them with `capture`, and pass "
+                "`init(plan, params, key=key, stats=stats)`."
+            )
+        wanted = (*slot.layers, *slot.apart)
+        for leaf in jax.tree.leaves(stats[name]):
+            if jnp.shape(leaf)[: len(wanted)] != wanted:
+                raise PlanError(
+                    f"The statistics of {name!r} hold an array of shape "
+                    f"{jnp.shape(leaf)}, whose leading axes must be {wanted}: one for "
+                    "each layer of its stack, expert and group. Gather them with this "
+                    "plan."
+                )
+    return stats
+
+
+def _reads(init: Any) -> bool:
+    return initializers.method(init).reads == "stats"
