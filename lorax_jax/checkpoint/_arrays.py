@@ -84,7 +84,7 @@ def join(slot: Slot, tensors: Mapping[int, Tensors]) -> dict[str, jax.Array]:
         The arrays of the adapter: what it trains, and starting factors if any has them.
     """
     held, found = _rows_of(slot), {}
-    if "a" in slot.shapes():
+    if "a" in KINDS[slot.role.kind].train:
         for down, up in _PAIRS:
             if any(down in held for held in tensors.values()):
                 found |= _join_factors(slot, tensors, down, up)
@@ -210,6 +210,8 @@ def _join_factors(
 def _check(slot: Slot, arrays: Tensors, fixed: Fixed) -> None:
     wanted, true = slot.shapes(), [0 if s is None else s.rank for s in slot.sites]
     found = {name: array.shape for name, array in arrays.items()}
+    if "a" in KINDS[slot.role.kind].train:  # frozen or not
+        wanted |= {"a": slot.shape_a(), "b": slot.shape_b()}
     for down, up in _PAIRS[1:]:
         if down in found or up in found:
             wanted |= {down: found.get("a", ()), up: found.get("b", ())}
