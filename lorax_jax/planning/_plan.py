@@ -199,22 +199,6 @@ def plan(
     )
 
 
-<<<<<<< HEAD
-def _check_init(config: LoraConfig) -> None:
-    said = [one for rule in config.rules or () for one in (rule, *rule.parts)]
-    for init in (config.init, *(one.init for one in said if one.init is not None)):
-        try:
-            initializers.method(init)
-        except KeyError:
-            known = [*initializers.names(), *initializers.families()]
-            raise PlanError(
-                f"`init` = {init!r} is no initializer. Known: "
-                f"{', '.join(map(repr, known))}."
-            ) from None
-
-
-=======
->>>>>>> weights
 def _declare(found: dict[str, Leaf], roles: Mapping[str, Any]) -> None:
     """Lets declared roles stand in for what the trace found."""
     for path, declared in roles.items():
