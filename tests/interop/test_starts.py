@@ -34,7 +34,7 @@ def test_ours_in_peft_and_back(
     pair = twin(family)
     plan, _ = adapted(pair, scan, rslora=rslora)
     model, params = pair.ours(scan)
-    adapter = started(plan)
+    adapter = started(plan, size=0.15)
     lj.save_adapter(tmp_path / "ours", adapter, plan=plan, names=model.names)
     fields = json.loads((tmp_path / "ours" / CONFIG).read_text())
     assert fields["rank_pattern"] and fields["alpha_pattern"]
@@ -99,7 +99,7 @@ def trained(pair, folder, steps=3, before=None, start=None, **config):
         model.save_pretrained(start)
         model.peft_config["default"] = kept
     ids = torch.tensor(twins.IDS).long()
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.3)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
     for _ in range(steps):
         optimizer.zero_grad()
         model(ids, labels=ids).loss.backward()
