@@ -32,8 +32,6 @@ class Count:
 def count(params: Any, adapter: Adapter) -> Count:
     """Counts trainable values and all values, base and adapter together.
 
-    Factors that are frozen, such as MiCA's B, count among all values; starting factors
-    of the weight do not: like scales and norms they are no weights of the model.
     Weights that several layers share count once, as PEFT counts them.
     Layers of a stack count at their true ranks. On types alone
     (`jax.eval_shape`), where ranks are not known, they count as padded.
@@ -76,10 +74,3 @@ def _values(arrays: dict[str, Any], fixed: Fixed) -> int:
     # A layer of a stack that is not adapted has vectors of its own, which never move.
     beside = beside // layers * int((ranks > 0).sum())
     return per_rank // layers * int(ranks.sum()) + beside
-
-
-def _padded(arrays: dict[str, Any], fixed: Fixed) -> int:
-    """The rank that the factors are padded to, whichever of them are there."""
-    if "a" in arrays:
-        return arrays["a"].shape[-1]
-    return arrays["b"].shape[len(fixed.role.batch)]
