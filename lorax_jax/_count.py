@@ -74,3 +74,10 @@ def _values(arrays: dict[str, Any], fixed: Fixed) -> int:
     # A layer of a stack that is not adapted has vectors of its own, which never move.
     beside = beside // layers * int((ranks > 0).sum())
     return per_rank // layers * int(ranks.sum()) + beside
+
+
+def _padded(arrays: dict[str, Any], fixed: Fixed) -> int:
+    """The rank that the factors are padded to, whichever of them are there."""
+    if "a" in arrays:
+        return arrays["a"].shape[-1]
+    return arrays["b"].shape[len(fixed.role.batch)]

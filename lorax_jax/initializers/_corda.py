@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from .._errors import ConfigError
+from .._errors import CheckpointError, ConfigError
+from .._peft import Options, register_options
 from ..statistics import SecondMoment
 from ._base import Start, register
 from ._stats import check_size, check_stats
@@ -51,6 +52,21 @@ class Corda:
                 raise ConfigError(
                     f"`Corda({name}={value!r:.60})`: a positive number is meant."
                 )
+
+
+def _to_peft(options: Corda) -> dict[str, str]:
+    if options != Corda(mode=options.mode):
+        raise CheckpointError(
+            f"{options} has a damping or a tolerance of its own, and PEFT's are fixed. "
+            "Leave them at their defaults, or keep the `LoraConfig`."
+        )
+    return {"corda_method": options.mode}
+
+
+register_options(
+    "corda",
+    Options(Corda, lambda fields: Corda(mode=fields["corda_method"]), _to_peft),
+)
 
 
 @register("corda", "corda_ipm", reads="stats", stat=SecondMoment(), options=Corda)

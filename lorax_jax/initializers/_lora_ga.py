@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._errors import ConfigError, PlanError
+from .._peft import Options, register_options
 from ..statistics import GradientFactors
 from ._base import Start, register
 
@@ -77,6 +78,9 @@ class LoraGa:
             "scale": "gd_scale" if self.scale == "gd" else self.scale,
             "stable_gamma": self.gamma,
         }
+
+
+register_options("lora_ga", Options(LoraGa, LoraGa.from_peft, LoraGa.to_peft))
 
 
 @register("lora_ga", reads="stats", options=LoraGa)
