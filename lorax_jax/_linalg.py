@@ -22,6 +22,9 @@ from jaxtyping import Array, Float, PRNGKeyArray
 # of the Gram matrix G: under a hundred roundings of float32.
 TOLERANCE = 1e-5
 
+# `eigh_top` goes on until each |G x - t x| is below this share of its own t.
+RELATIVE = 1e-4
+
 # Where |W^T u - s v| is then above this share of the largest singular value, the matrix
 # is decomposed in full.
 ACCEPTED = 3e-5
@@ -143,6 +146,32 @@ def svd_random(
     return _svd_random(k, iterations)(w, key)
 
 
+def eigh_top(
+    matrix: Float[Array, "m m"], k: int
+) -> tuple[Float[Array, " k"], Float[Array, "m k"]]:
+    r"""The `k` largest eigenvalues of a positive semidefinite matrix, and vectors.
+
+    The iteration of `svd_top`, until $\lVert G x - \theta x \rVert$ is below
+    `RELATIVE` $\theta$ for each of them, or a few roundings of the largest: spectra of
+    activations fall by orders of magnitude. Where the block would be a large part of
+    the matrix, it is diagonalized in full. Under `vmap` one after the other.
+
+    Args:
+        matrix: symmetric, positive semidefinite.
+        k: how many, at most `m`.
+
+    Returns:
+        Values, descending, and vectors as columns, float32.
+
+    Example:
+        >>> values, vectors = eigh_top(jnp.diag(jnp.array([1.0, 3.0, 2.0])), 2)
+        >>> values.tolist(), abs(vectors[:, 0]).tolist()
+        ([3.0, 2.0], [0.0, 1.0, 0.0])
+    """
+    _check(matrix.shape, k)
+    return _eigh_top(k)(matrix)
+
+
 def oversampling(k: int) -> int:
     """How many columns more than `k` the blocks of this file have."""
     return max(k, 8)
@@ -231,6 +260,22 @@ def _svd_top(k: int):
 
 
 @functools.cache
+def _eigh_top(k: int):
+    @jax.custom_batching.sequential_vmap
+    def decompose(matrix):
+        m, width = len(matrix), k + oversampling(k)
+        matrix, size = _sized((matrix + matrix.T) / 2)
+        if 3 * width >= m:
+            values, vectors = jnp.linalg.eigh(matrix, symmetrize_input=False)
+            return values[::-1][:k] * size, vectors[:, ::-1][:, :k]
+        block = _invariant(matrix, width, k, RELATIVE)
+        ritz = _rotated(lambda x: _dot(x, matrix), block)
+        return ritz.values[:k] * size, ritz.block[:k].T
+
+    return decompose
+
+
+@functools.cache
 def _svd_random(k: int, iterations: int):
     @jax.custom_batching.sequential_vmap
     def decompose(w, key):
@@ -272,8 +317,13 @@ def _within(w: jax.Array, block: jax.Array, k: int) -> Svd:
     return _signed(Svd(_dot(u[:, :k].T, left).T, s[:k], _dot(vt[:k], block).T))
 
 
-def _invariant(gram: jax.Array, width: int, k: int) -> jax.Array:
-    """A block that spans the `k` leading eigenvectors of a Gram matrix."""
+def _invariant(gram: jax.Array, width: int, k: int, relative: float = 0.0) -> jax.Array:
+    """A block that spans the `k` leading eigenvectors of a Gram matrix.
+
+    Until each of them is right to `TOLERANCE` of the largest eigenvalue; with
+    `relative`, to this share of its own, or as nearly as float32 tells.
+    """
+    last = 16 * jnp.finfo(jnp.float32).eps if relative else TOLERANCE
 
     def times(x):
         return _dot(x, gram)
@@ -281,8 +331,8 @@ def _invariant(gram: jax.Array, width: int, k: int) -> jax.Array:
     def going_on(state):
         ritz, rounds = state
         apart = jnp.linalg.norm(ritz.image - ritz.block * ritz.values[:, None], axis=1)
-        unlike = apart[:k].max() > TOLERANCE * ritz.values[0]
-        return unlike & (rounds < _ROUNDS)
+        near = jnp.maximum(relative * ritz.values[:k], last * ritz.values[0])
+        return jnp.any(apart[:k] > near) & (rounds < _ROUNDS)
 
     def once(state):
         ritz, rounds = state

@@ -86,8 +86,6 @@ class Pca:
 
     Attributes:
         components: how many are kept; all `d_in` where that is less.
-        steps: of subspace iteration; PEFT's `svd_lowrank` multiplies as often. `None`
-            computes all eigenvectors, in `d_in` cubed time.
 
     Example:
         >>> stat, rows = Pca(1), jnp.array([[1.0, 2.0], [3.0, 2.0]])
@@ -103,13 +101,10 @@ class Pca:
     """
 
     components: int
-    steps: int | None = 5
 
     def __post_init__(self):
-        for name, least in (("components", 1), ("steps", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"`Pca({name}={value})` must be at least {least}.")
+        if self.components < 1:
+            raise ValueError(f"`Pca(components={self.components})` must be at least 1.")
 
     def init(self, size: int) -> PcaState:
         """The state before any row."""
@@ -170,7 +165,7 @@ class Pca:
         before = state.singular[:, None] * state.components  # (k, d_in)
         gram = product(before.T, before) + scatter + correction * jnp.outer(gap, gap)
         k = len(state.singular)
-        values, vectors = leading(gram, k, steps=self.steps)
+        values, vectors = leading(gram, k)
         kept = jnp.arange(k, dtype=jnp.float32) < state.keep
         components = jnp.where(kept[:, None], vectors.T, 0)
         similarity = (components * state.components).sum(-1)

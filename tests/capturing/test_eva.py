@@ -14,7 +14,7 @@ from lorax_jax.capturing import eva
 from lorax_jax.errors import CaptureError, CaptureWarning, PlanError
 from lorax_jax.statistics import Moments, Pca
 
-STAT = Pca(4, steps=None)
+STAT = Pca(4)
 
 
 def take(states, batch):

@@ -181,7 +181,7 @@ def check(twin, scan=False, targets=LINEAR, bound=lambda *_: 1e-4, **options):
         rslora=options.get("use_rslora", False),
     )
     plan = lj.plan(config, params, fn=model.apply, args=(given[0]["input_ids"],))
-    stat, rho = Pca(32, steps=None), options["eva"].get("rho", 2.0)
+    stat, rho = Pca(32), options["eva"].get("rho", 2.0)
     order = sorted((s.name for s in plan), key=lambda n: place(names.module(n)))
     found = capturing.eva(
         plan,
@@ -259,7 +259,7 @@ def test_an_mlp(whiten, exact):
     params = {k: jax.ShapeDtypeStruct(v, jnp.float32) for k, v in shapes.items()}
     roles = {name: {"inputs": (0,), "outputs": (1,)} for name in params}
     config = lj.LoraConfig("0|2", rank=1, alpha=5, init=initializers.Eva(whiten=whiten))
-    plan, stat = lj.plan(config, params, roles=roles), Pca(2, steps=None)
+    plan, stat = lj.plan(config, params, roles=roles), Pca(2)
     found = capturing.eva(
         plan, stepper(plan, stat, seen, str), fresh(plan, stat), range(len(loader))
     )
@@ -277,7 +277,7 @@ def test_incremental_pca():
     import torch
     from peft.utils.incremental_pca import IncrementalPCA as Theirs
 
-    k, stat = 3, Pca(3, steps=None)
+    k, stat = 3, Pca(3)
     one, state = Theirs(n_components=k), stat.init(D)
     for n in (30, 8, 5, 21):
         x = rows(n, seed=n)
