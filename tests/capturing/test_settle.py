@@ -9,7 +9,7 @@ import pytest
 from streams import D, rows
 
 import lorax_jax as lj
-from lorax_jax.capturing import eva
+from lorax_jax.capturing._settle import settle
 from lorax_jax.errors import CaptureError, CaptureWarning, PlanError
 from lorax_jax.statistics import Moments, Pca
 
@@ -54,19 +54,17 @@ class Steps:
     """`take`, remembering which slots moved at each step."""
 
     def __init__(self):
-        self.before, self.moved = None, []
+        self.moved = []
 
     def __call__(self, states, given):
-        if self.before is not None:
-            names = [n for n in states if states[n].count != self.before[n].count]
-            self.moved.append("".join(names))
-        self.before = states
-        return take(states, given)
+        new = take(states, given)
+        self.moved.append("".join(n for n in new if new[n].count != states[n].count))
+        return new
 
 
 def test_settled_sites_take_no_more_in():
     plan, steps = plan_of(), Steps()
-    found = eva(plan, steps, fresh(plan), BATCHES, tau=0.95)
+    found = settle(plan, steps, fresh(plan), BATCHES, tau=0.95)
     assert not found.unsettled
     counts = {name: float(state.count) for name, state in found.states.items()}
     assert counts["u"] == counts["v"] < counts["w"] == 30 * found.steps
@@ -89,15 +87,17 @@ def test_a_site_whose_rank_grows_moves_again():
     """`u` settles with one component; when `v` turns out to be flat, it gets another.
 
     At first `v` varies along one direction, which is another one in each batch, so that
-    it does not settle; then along all. The components of `u` behind the first vary
-    alike, and have not settled with it.
+    it does not settle; then along all. The second component of `u` is another one in
+    the second batch, larger than the first's, and has not settled with the first.
     """
-    u = [60.0, 20.0, 20.0, 20.0] + [0.1] * (D - 4)
+    u = [[90.0, 20.0, *[0.1] * (D - 2)], [90.0, 0.1, 40.0, *[0.1] * (D - 3)]]
     lines = [scaled(np.eye(D)[i] * 9.0**i, 50 + i) for i in range(5)]
     wide = [100.0 * flat(40, 60 + i) for i in range(3)]
-    batches = [{"u": scaled(u, i), "v": v} for i, v in enumerate([*lines, *wide] * 9)]
+    batches = [
+        {"u": scaled(u[i % 2], i), "v": v} for i, v in enumerate([*lines, *wide] * 9)
+    ]
     plan, steps = plan_of(rank=1, names="uv"), Steps()
-    found = eva(plan, steps, fresh(plan), iter(batches), tau=0.95)
+    found = settle(plan, steps, fresh(plan), iter(batches), tau=0.95)
     assert {s.name: s.rank for s in found.plan} == {"u": 2}
     moved = ["u" in names for names in steps.moved]
     # The first entry is the look at which sites share an input.
@@ -126,7 +126,7 @@ def test_layers_of_a_stack():
         return {slot.name: jax.vmap(one)(states[slot.name], given)}
 
     batches = [jnp.stack([rows(30, s), flat(30, s), rows(30, s + 9)]) for s in range(3)]
-    found = eva(plan, step, states, batches, tau=0.95, budget=5)
+    found = settle(plan, step, states, batches, tau=0.95, budget=5)
     counts = found.states[slot.name].count
     assert counts[1] > counts[0] and float(counts[1]) == 30 * found.steps
     ranks = [0 if s is None else s.rank for s in found.plan.slots[0].sites]
@@ -134,7 +134,7 @@ def test_layers_of_a_stack():
     # The same sites apart.
     alone = plan_of(names="uvw")
     apart = [dict(zip("uvw", given, strict=True)) for given in batches]
-    other = eva(alone, take, fresh(alone), apart, tau=0.95, budget=5)
+    other = settle(alone, take, fresh(alone), apart, tau=0.95, budget=5)
     by_name = {s.name: s.rank for s in other.plan}
     assert [by_name.get(name, 0) for name in "uvw"] == ranks
 
@@ -142,7 +142,7 @@ def test_layers_of_a_stack():
 def test_small_batches_are_skipped():
     plan = plan_of(names="u")
     given = [{"u": rows(3)}, {"u": rows(30, 1)}, {"u": rows(30, 2)}]
-    found = eva(plan, take, fresh(plan), given)
+    found = settle(plan, take, fresh(plan), given)
     assert float(found.states["u"].count) % 30 == 0
 
 
@@ -151,9 +151,9 @@ def test_no_batch_is_large_enough():
     given = [{"u": rows(30, s), "w": rows(3, s)} for s in range(2)]
     match = r"No batch fed w as many rows as .*, up to 4. Give larger batches"
     with pytest.raises(CaptureError, match=match):
-        eva(plan, take, fresh(plan), given)
+        settle(plan, take, fresh(plan), given)
     with pytest.raises(CaptureError, match=match):
-        eva(plan, take, fresh(plan), iter(given), max_batches=1)
+        settle(plan, take, fresh(plan), iter(given), max_batches=1)
 
 
 @pytest.mark.parametrize("once", [False, True])
@@ -163,14 +163,14 @@ def test_an_end_before_all_has_settled(once):
     steps, names = (3, ("u", "w")) if once else (5, ("w",))
     match = rf"After {steps} batches .* {len(names)} sites .*`tau` = 0.999 .*: u?.*w\."
     with pytest.warns(CaptureWarning, match=match):
-        found = eva(plan, take, fresh(plan), given, tau=0.999, max_batches=5)
+        found = settle(plan, take, fresh(plan), given, tau=0.999, max_batches=5)
     assert found.unsettled == names and found.steps == steps
 
 
 def test_order_says_who_of_a_group_comes_first():
     plan = plan_of(rank=1, names="uv")
     for order, expected in ((), {"u": 2, "v": 1}), (("v",), {"u": 1, "v": 2}):
-        found = eva(plan, take, fresh(plan), BATCHES, budget=3, order=order)
+        found = settle(plan, take, fresh(plan), BATCHES, budget=3, order=order)
         assert {s.name: s.rank for s in found.plan} == expected
 
 
@@ -179,7 +179,7 @@ def test_states_start_an_adapter():
     from lorax_jax import initializers
 
     plan = plan_of()
-    found = eva(plan, take, fresh(plan), BATCHES, tau=0.95)
+    found = settle(plan, take, fresh(plan), BATCHES, tau=0.95)
     for site in found.plan:
         state = found.states[site.name]
         start = initializers.eva(
@@ -195,9 +195,9 @@ def test_states_start_an_adapter():
 
 def test_a_bar(capsys):
     plan = plan_of(names="u")
-    eva(plan, take, fresh(plan), BATCHES, progress=True)
+    settle(plan, take, fresh(plan), BATCHES, progress=True)
     assert "1/1 sites settled" in capsys.readouterr().err
-    eva(plan, take, fresh(plan), BATCHES)
+    settle(plan, take, fresh(plan), BATCHES)
     assert not capsys.readouterr().err
 
 
@@ -238,4 +238,4 @@ NAN = [{"u": rows(30), "w": rows(30).at[2, 2].set(jnp.nan)}]
 )
 def test_what_does_not_fit(states, batches, options, error, match):
     with pytest.raises(error, match=match):
-        eva(PLAN, take, states, batches, **options)
+        settle(PLAN, take, states, batches, **options)
