@@ -9,6 +9,7 @@ from ._gradient_state import GradientState as GradientState
 from ._label_mask import label_mask as label_mask
 from ._prepare import Prepared as Prepared
 from ._prepare import prepare as prepare
+from ._prepare import prepared_types as prepared_types
 from ._redistribute import redistribute as redistribute
 from ._settle import EvaResult as EvaResult
 from ._stats import Stats as Stats

@@ -242,6 +242,20 @@ class GradientCapture:
             )
         return factors
 
+    def types(self) -> dict[str, GradientFactors]:
+        """Shapes and dtypes of what `finish` gives."""
+        found = {}
+        for slot in self.slots:
+            (d_in, d_out), size = slot.sides, self._size(slot)
+            shapes = (d_in, size), (size,), (size, d_out)
+            lead = (*slot.layers, *slot.apart)
+            arrays = [
+                jax.ShapeDtypeStruct((*lead, *shape), wide(slot.dtype))
+                for shape in shapes
+            ]
+            found[slot.name] = GradientFactors(*arrays)
+        return found
+
     def run(
         self,
         params: Any,

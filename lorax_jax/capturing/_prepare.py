@@ -153,6 +153,40 @@ def prepare(
     )
 
 
+def prepared_types(plan: Plan, *, stat: Statistic | None = None) -> dict[str, Any]:
+    """Shapes and dtypes of the `stats` that `prepare` would find at the plan's ranks.
+
+    With them `jax.eval_shape` says what `init` will make, and whether it can, before
+    anything is gathered.
+
+    Args:
+        plan: where the adapter acts.
+        stat: as for `prepare`.
+
+    Example:
+        >>> import lorax_jax as lj
+        >>> params = {"w": jnp.ones((6, 4))}
+        >>> fn = lambda params, x: x @ params["w"]
+        >>> config = lj.LoraConfig("w", rank=1, init="eva")
+        >>> plan = lj.plan(config, params, fn, (jnp.ones(6),))
+        >>> prepared_types(plan)["w"].mean
+        ShapeDtypeStruct(shape=(6,), dtype=float32)
+    """
+    found: dict[str, Any] = {}
+    for one, names in _wanted(plan, stat).items():
+        if one is GradientFactors:
+            gradients = capture_grad(_nothing, plan, only=names)
+            found |= gradients.types()
+        else:
+            gather = capture(_nothing, plan, stat=one, only=names)
+            found |= jax.eval_shape(gather.init).states
+    return found
+
+
+def _nothing(params: Any) -> None:
+    del params
+
+
 def _wanted(plan: Plan, instead: Statistic | None) -> dict[Any, list[str]]:
     """What is to be gathered -> names of the slots that it is for."""
     wanted: dict[Any, list[str]] = {}
