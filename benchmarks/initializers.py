@@ -1,13 +1,14 @@
 """Do initializers help? Loss curves of six, over learning rates and seeds.
 
-One model, one text, the same steps, scale and schedule for each initializer; a sweep of
-learning rates; several seeds, which differ in the order of the rows and in what is drawn
-at random, trained side by side by `vmap` on one untouched base. First that every start
-leaves the model's loss as it is. Then training loss and loss on rows that were held out,
-in nats per token, each initializer at the learning rate that is best for it.
+One model, one text, the same steps, scale and schedule for each initializer; a sweep
+of learning rates; several seeds, which differ in the order of the rows and in what is
+drawn at random, trained side by side by `vmap` on one untouched base. First that every
+start leaves the model's loss as it is. Then training loss and loss on held-out rows, in
+nats per token, each initializer at the rate that is best for it on held-out rows.
 
     python benchmarks/fetch_smollm2.py
     python benchmarks/initializers.py --model benchmarks/cache/smollm2 --save smollm2
+    python benchmarks/initializers.py --show initializers_smollm2   # the table again
 
 Without `--model` the embedded model is trained.
 """
@@ -155,6 +156,7 @@ def compare(options):
                 flush=True,
             )
         out["methods"][method] = found
+        out |= {"machine": machine(), "options": vars(options)}
         if options.save:
             write(out, options)
     return out
@@ -162,69 +164,71 @@ def compare(options):
 
 def write(out, options):
     """The curves so far: a long run that is stopped keeps what it has."""
-    out |= {"machine": machine(), "options": vars(options)}
     with open(f"{options.out}/initializers_{options.save}.json", "w") as file:
         json.dump(out, file)
 
 
-def at_best(found, every):
-    """The rate of least final training loss, with final losses of its seeds."""
+def at_best(found):
+    """The rate of least held-out loss at the end, and its curves: `(seeds, steps)`."""
 
     def final(rate):
-        curves = np.array(found["rates"][rate]["train"])
-        last = curves[:, -every:].mean(axis=1)
-        return np.where(np.isfinite(last), last, np.inf)
+        last = np.array(found["rates"][rate]["held_out"])[:, -1].mean()
+        return last if np.isfinite(last) else np.inf
 
-    rate = min(found["rates"], key=lambda rate: final(rate).mean())
-    held = np.array(found["rates"][rate]["held_out"])
-    return rate, final(rate), held
+    rate = min(found["rates"], key=final)
+    return rate, *(np.array(found["rates"][rate][k]) for k in ("train", "held_out"))
 
 
-def table(result, options):
+def spread(values):
+    """Mean and standard deviation over seeds."""
+    return f"{values.mean():.4f} ± {values.std(ddof=1):.4f}"
+
+
+def table(result):
     """A line for each initializer, as Markdown."""
+    every = result["options"]["every"]
     lines = [
-        "| initializer | best rate | training loss, first half | training loss, end | "
-        "held out, best | held out, end | start, s |",
+        "| initializer | best rate | training, first half | training, end | "
+        "held out, end | held out at 3e-04 | start, s |",
         "|---|---|---|---|---|---|---|",
     ]
     for method, found in result["methods"].items():
-        rate, last, held = at_best(found, options.every)
-        curves = np.array(found["rates"][rate]["train"])
+        rate, curves, held = at_best(found)
+        same = np.array(found["rates"]["0.0003"]["held_out"])[:, -1]
         half = curves[:, : curves.shape[1] // 2].mean(axis=1)
+        last = curves[:, -every:].mean(axis=1)
         cells = [method, f"{float(rate):.0e}"]
-        for values in (half, last, held.min(axis=1), held[:, -1]):
-            cells.append(f"{values.mean():.4f} ± {values.std(ddof=1):.4f}")
+        cells += [spread(values) for values in (half, last, held[:, -1], same)]
         cells.append(f"{found['seconds_to_start']:.1f}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def plot(result, options, path):
-    """Curves at each initializer's best rate, and final losses over rates."""
+def plot(result, path):
+    """Curves at each initializer's best rate, and held-out losses over rates."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    every = result["options"]["every"]
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.5))
     for method, found in result["methods"].items():
-        rate, _, held = at_best(found, options.every)
-        curves = np.array(found["rates"][rate]["train"])
-        smooth = curves.reshape(len(curves), -1, options.every).mean(axis=2)
-        steps = options.every * np.arange(1, smooth.shape[1] + 1)
+        rate, curves, held = at_best(found)
+        smooth = curves.reshape(len(curves), -1, every).mean(axis=2)
+        steps = every * np.arange(1, smooth.shape[1] + 1)
         for axes, values in ((left, smooth), (middle, held)):
             mean, sd = values.mean(axis=0), values.std(axis=0, ddof=1)
             axes.plot(steps, mean, label=f"{method} ({float(rate):.0e})")
             axes.fill_between(steps, mean - sd, mean + sd, alpha=0.2)
-        rates = sorted(map(float, found["rates"]))
-        ends = [
-            np.array(found["rates"][str(r)]["train"])[:, -options.every :].mean()
-            for r in rates
-        ]
-        right.plot(rates, ends, marker="o", label=method)
+        rates = sorted(found["rates"], key=float)
+        ends = [np.mean(found["rates"][r]["held_out"], axis=0)[-1] for r in rates]
+        right.plot(list(map(float, rates)), ends, marker="o", label=method)
     left.set(xlabel="step", ylabel="nats per token", title="training")
     middle.set(xlabel="step", title="held out")
-    right.set(xlabel="learning rate", xscale="log", title="training loss at the end")
+    low = min(line.get_ydata().min() for line in right.lines)
+    right.set(xlabel="learning rate", xscale="log", ylim=(low - 0.05, low + 1))
+    right.set(title="held out, at the end")
     left.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
@@ -245,6 +249,7 @@ def parsed(arguments=None):
     parser.add_argument("--rows", type=int, default=128, help="for statistics")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--unrolled", action="store_true")
+    parser.add_argument("--show", metavar="NAME", help="what was saved before")
     parser.add_argument("--save", metavar="NAME")
     parser.add_argument("--out", default=str(RESULTS), help="where it is saved")
     return parser.parse_args(arguments)
@@ -252,10 +257,15 @@ def parsed(arguments=None):
 
 def main(arguments=None):
     options = parsed(arguments)
-    result = compare(options)
-    print(table(result, options))
-    if options.save:
-        plot(result, options, f"{options.out}/initializers_{options.save}.png")
+    name = options.show or f"initializers_{options.save}"
+    if options.show:
+        with open(f"{options.out}/{name}.json") as file:
+            result = json.load(file)
+    else:
+        result = compare(options)
+    print(table(result))
+    if options.save or options.show:
+        plot(result, f"{options.out}/{name}.png")
 
 
 if __name__ == "__main__":

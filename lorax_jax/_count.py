@@ -32,8 +32,6 @@ class Count:
 def count(params: Any, adapter: Adapter) -> Count:
     """Counts trainable values and all values, base and adapter together.
 
-    Factors that are frozen, such as MiCA's B, count among all values; starting factors
-    of the weight do not: like scales and norms they are no weights of the model.
     Weights that several layers share count once, as PEFT counts them.
     Layers of a stack count at their true ranks. On types alone
     (`jax.eval_shape`), where ranks are not known, they count as padded.

@@ -8,13 +8,13 @@ from lorax_jax import _paths
 from lorax_jax.adapters import Fixed, base_norm, is_weight
 
 
-def started(plan, params=None, frozen=()):
+def started(plan, params=None, frozen=(), size=0.3):
     """The same, with starting factors that its own have moved from.
 
     `frozen` names factors that are kept fixed.
     """
-    train, fixed = drawn(plan, params)
-    moves = drawn(plan, params, size=0.1, seed=1).train
+    train, fixed = drawn(plan, params, size)
+    moves = drawn(plan, params, size / 3, seed=1).train
     for name, site in fixed.items():
         if "a" not in train[name]:
             continue

@@ -1,5 +1,7 @@
 """`spectra`: how the energy of each site's weight, or of its inputs, is spread."""
 
+import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,8 +12,8 @@ from jaxtyping import Array, Float
 
 from .. import _paths
 from .._errors import PlanError, closest, shorten
-from ..adapters import is_weight
-from ..planning import Plan, Slot, Spectra, weight_matrices
+from ..adapters import Role, is_weight, on_device
+from ..planning import Plan, Slot, Spectra, layer_matrices
 from ..statistics import GradientFactors
 
 
@@ -82,7 +84,8 @@ def singular_values(
 ) -> Iterator[tuple[Slot, Float[Array, "sites *apart n"]]]:
     """The singular values of all sites, descending, a slot at a time.
 
-    A stack is decomposed in one call, and leaves of one shape share a program.
+    The layers of a stack are decomposed one by one in one call, so that float32 copies
+    of all of them never are there at once; leaves of one shape share a program.
 
     Raises:
         PlanError: if `params` is not the tree of the plan.
@@ -96,7 +99,9 @@ def singular_values(
                 f"The plan has {slot.role.path!r} with shape {slot.shape}, and "
                 f"`params` has {found}. Give the parameters that the plan was made on."
             )
-        yield slot, _decompose(weight_matrices(slot, leaf))
+        # The path would cost a program for each leaf.
+        role = dataclasses.replace(slot.role, path="")
+        yield slot, _decompose(on_device(leaf), role, len(slot.sites))
 
 
 def ranked(plan: Plan) -> tuple[Slot, ...]:
@@ -104,9 +109,13 @@ def ranked(plan: Plan) -> tuple[Slot, ...]:
     return tuple(slot for slot in plan.slots if slot.role.kind in ("lora", "dora"))
 
 
-@jax.jit
-def _decompose(weights: jax.Array) -> jax.Array:
-    return jnp.linalg.svd(weights.astype(jnp.float32), compute_uv=False)
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _decompose(leaf: Any, role: Role, count: int) -> jax.Array:
+    def values(layer: jax.Array) -> jax.Array:
+        matrices = layer_matrices(leaf, layer, role).astype(jnp.float32)
+        return jnp.linalg.svd(matrices, compute_uv=False)
+
+    return jax.lax.map(values, jnp.arange(count))
 
 
 def _of_weights(plan: Plan, params: Any) -> Iterator[tuple[Slot, Any, Any]]:

@@ -1,7 +1,7 @@
 """Batches that are gone through several times."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from .._errors import CaptureError
@@ -32,7 +32,8 @@ class Batches:
                 f"once; {passes} passes over the same batches are needed. Give a list, "
                 "or a function that starts anew: `lambda: iter(loader)`."
             )
-        if not (callable(source) or isinstance(source, Iterable)):
+        a_batch = isinstance(source, Mapping)
+        if a_batch or not (callable(source) or isinstance(source, Iterable)):
             raise CaptureError(
                 f"`batches` is a {type(source).__name__}; a list of batches is meant, "
                 "or a function that gives an iterator of them."
@@ -42,7 +43,8 @@ class Batches:
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
         """One pass: the arguments behind `params`, for each batch."""
-        batches = self.source() if callable(self.source) else self.source
+        source = self.source
+        batches = source if isinstance(source, Iterable) else source()
         for batch in itertools.islice(batches, self.limit):
             yield batch if isinstance(batch, tuple) else (batch,)
 

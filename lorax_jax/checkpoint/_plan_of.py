@@ -289,7 +289,7 @@ def _site(place: Placed, rule: str) -> Site:
         index.append(left % n)
         left //= n
     vectors = site.bias + (site.kind == "dora")
-    values = parameters(role, slot.shape, site.rank, vectors)
+    values = parameters(role, slot.shape, site.rank, vectors, site.frozen)
     if site.kind == "rows":
         values = len(site.ids) * math.prod(slot.outputs)
     elif site.kind == "whole":
@@ -308,6 +308,7 @@ def _site(place: Placed, rule: str) -> Site:
         init=True if site.init is None else site.init,
         dropout=site.dropout,
         trainable=values,
+        frozen=site.frozen,
     )
 
 

@@ -14,15 +14,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .. import _paths, _peft
 from .._errors import CheckpointError
 from ..adapters import Adapter, Fixed, is_weight
-from ..planning import Plan, init
+from ..planning import Plan, Slot
+from ._arrays import join
 from ._file_site import FileSite
 from ._files import CONFIG, AdapterFiles
-
-FROM_THE_WEIGHT = ("pissa", "olora")
+from ._peft_starts import METHODS
 
 
 class Begun:
@@ -130,7 +131,7 @@ def _recomputed(
     names: list[str],
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
     """Starting factors from the weights."""
-    if method not in FROM_THE_WEIGHT:
+    if method not in METHODS:
         raise CheckpointError(
             f"{files.what} has `init_lora_weights` = {method!r}: the factors belong to "
             "a residual of the base, and how they started cannot be told from the "
@@ -140,31 +141,44 @@ def _recomputed(
             "with `save_pretrained(..., path_initial_model_for_weight_conversion=...)`."
         )
     leaves = dict(_paths.flatten(params, is_leaf=is_weight)[0])
-    for name in names:
-        path = adapter.fixed[name].role.path
-        if isinstance(leaves[path], jax.ShapeDtypeStruct):
-            raise CheckpointError(
-                f"{files.what} has `init_lora_weights` = {method!r}, whose start is "
-                f"taken from the weights, and `params` has only the type of {path!r}. "
-                "Give parameters that hold values."
-            )
-    slots = tuple(
-        dataclasses.replace(
-            slot,
-            sites=tuple(s and dataclasses.replace(s, init=method) for s in slot.sites),
-            role=dataclasses.replace(slot.role, kind="lora"),
-            bias=False,
+    found = {}
+    for slot in plan.slots:
+        if slot.name in names:
+            layers = _layers(leaves[slot.role.path], slot, files, method)
+            starts = {
+                i: METHODS[method](layers[i], site.rank, site.scale)
+                for i, site in enumerate(slot.sites)
+                if site is not None
+            }
+            tensors = {
+                i: {"a": a.T.astype(np.float32), "b": b.T.astype(np.float32)}
+                for i, (a, b) in starts.items()
+            }
+            joined = join(_low_rank(slot), tensors)
+            found[slot.name] = joined["a"], joined["b"]
+    return found
+
+
+def _low_rank(slot: Slot) -> Slot:
+    """The slot of the factors alone."""
+    role = dataclasses.replace(slot.role, kind="lora")
+    return dataclasses.replace(slot, role=role, bias=False)
+
+
+def _layers(leaf: Any, slot: Slot, files: AdapterFiles, method: Any) -> np.ndarray:
+    """The weight of each layer on the host, `(layers, d_in, d_out)`."""
+    here = getattr(leaf, "is_fully_addressable", True)
+    if isinstance(leaf, jax.ShapeDtypeStruct) or not here:
+        raise CheckpointError(
+            f"{files.what} has `init_lora_weights` = {method!r}, whose start is taken "
+            f"from the weights, and `params` has "
+            + ("a part" if not here else "only the type")
+            + f" of {slot.role.path!r} here. Give parameters that hold all values."
         )
-        for slot in plan.slots
-        if slot.name in names
-    )
-    config = dataclasses.replace(plan.config, dtype=jnp.float32)
-    begun = init(
-        dataclasses.replace(plan, slots=slots, config=config),
-        params,
-        key=jax.random.key(0),  # of which neither makes use
-    )
-    return {n: (begun.fixed[n]["a0"], begun.fixed[n]["b0"]) for n in names}
+    weight = np.asarray(leaf.dense() if is_weight(leaf) else leaf)
+    role = slot.role
+    weight = weight.transpose(*role.batch, *role.inputs, *role.outputs)
+    return weight.reshape(len(slot.sites), *slot.sides)
 
 
 def _near(

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from .._errors import ConfigError
+from .._errors import CheckpointError, ConfigError
+from .._peft import Options, register_options
 from ..statistics import SecondMoment
 from ._base import Start, register
 from ._stats import check_size, check_stats
@@ -51,6 +52,21 @@ class Corda:
                 raise ConfigError(
                     f"`Corda({name}={value!r:.60})`: a positive number is meant."
                 )
+
+
+def _to_peft(options: Corda) -> dict[str, str]:
+    if options != Corda(mode=options.mode):
+        raise CheckpointError(
+            f"{options} has a damping or a tolerance of its own, and PEFT's are fixed. "
+            "Leave them at their defaults, or keep the `LoraConfig`."
+        )
+    return {"corda_method": options.mode}
+
+
+register_options(
+    "corda",
+    Options(Corda, lambda fields: Corda(mode=fields["corda_method"]), _to_peft),
+)
 
 
 @register("corda", "corda_ipm", reads="stats", stat=SecondMoment(), options=Corda)
@@ -126,7 +142,8 @@ def corda(
             "own."
         )
     weight = weight.astype(jnp.float32)
-    _, s, ut = _svd(_product(_damped(second, options), weight))
+    weighed = _product(_damped(second, options), weight)  # (d_in, d_out)
+    _, s, ut = jnp.linalg.svd(weighed, full_matrices=False)
     sel = slice(0, rank) if options.mode == "ipm" else slice(len(s) - rank, None)
     s, ut = s[sel], ut[sel]  # (rank,), (rank, d_out)
     # C'^-1 V S = W U, for C' W U = V S: without an inverse, whose digits C' has not.
@@ -180,11 +197,6 @@ def _damped(second: Float[Array, "d d"], options: Corda) -> Float[Array, "d d"]:
 
 # With this share of its diagonal added, a matrix is its diagonal in float32.
 _MOST = 2.0**24
-
-
-def _svd(matrix: Array) -> tuple[Array, Array, Array]:
-    u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
-    return u, s, vt
 
 
 def _product(x: Array, y: Array) -> Array:

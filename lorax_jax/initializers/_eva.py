@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._errors import CaptureError
+from .._peft import Options, register_options
 from ..statistics import Moments
 from ._base import Start, register
 from ._stats import check_size, check_stats
@@ -27,6 +28,16 @@ class Eva:
     """
 
     whiten: bool = False
+
+
+register_options(
+    "eva",
+    Options(
+        Eva,
+        read=lambda fields: Eva(whiten=fields["whiten"]),
+        write=lambda options: {"whiten": options.whiten},
+    ),
+)
 
 
 @register("eva", reads="stats", stat=Moments(), options=Eva)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._errors import ConfigError, PlanError
+from .._peft import Options, register_options
 from ..statistics import GradientFactors
 from ._base import Start, register
 
@@ -53,6 +55,32 @@ class LoraGa:
             raise ConfigError(
                 f"`LoraGa(gamma={self.gamma!r:.60})`: a positive number is meant."
             )
+
+    @classmethod
+    def from_peft(cls, fields: Mapping[str, Any]) -> "LoraGa":
+        """The options of PEFT's `lora_ga_config`.
+
+        >>> LoraGa.from_peft({"scale": "gd_scale", "stable_gamma": 8})
+        LoraGa(direction='ArB2r', scale='gd', gamma=8)
+        """
+        known = cls()
+        scale = fields.get("scale", known.scale)
+        return cls(
+            fields.get("direction", known.direction),
+            "gd" if scale == "gd_scale" else scale,
+            fields.get("stable_gamma", known.gamma),
+        )
+
+    def to_peft(self) -> dict[str, Any]:
+        """PEFT's fields for these options: undoes `from_peft`."""
+        return {
+            "direction": self.direction,
+            "scale": "gd_scale" if self.scale == "gd" else self.scale,
+            "stable_gamma": self.gamma,
+        }
+
+
+register_options("lora_ga", Options(LoraGa, LoraGa.from_peft, LoraGa.to_peft))
 
 
 @register("lora_ga", reads="stats", stat=GradientFactors, options=LoraGa)

@@ -2,7 +2,7 @@
 
 from ._grow import grow as grow
 from ._init import init as init
-from ._matrices import weight_matrices as weight_matrices
+from ._layer_matrices import layer_matrices as layer_matrices
 from ._plan import Memory as Memory
 from ._plan import Plan as Plan
 from ._plan import plan as plan

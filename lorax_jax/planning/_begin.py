@@ -52,7 +52,10 @@ def check_method(init: Any, name: str, rank: int, alpha: float) -> initializers.
 
 def check_frozen(sites: Sequence[Site | None]) -> None:
     """Raises if some layers of a stack freeze a factor that others train."""
-    found = {site.frozen: site for site in sites if site is not None}
+    found: dict[tuple[str, ...], Site] = {}
+    for site in sites:
+        if site is not None:
+            found.setdefault(site.frozen, site)
     if len(found) > 1:
         one, other = list(found.values())[:2]
         raise PlanError(

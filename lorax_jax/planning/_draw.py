@@ -105,21 +105,41 @@ def _from_weight(
 
 @functools.partial(jax.jit, static_argnums=(4, 5, 6, 7))
 def _read(leaf, layers, keys, stats, role, begin, rank, scale) -> initializers.Start:
+    """The starts of some layers, in one program for all leaves of a shape."""
+
     def one(given):
         weight, key, state = given
         return begin(weight, rank=rank, scale=scale, key=key, stats=state)
 
-    def of_layer(given):
-        layer, key, state = given
-        weights = layer_matrices(leaf, layer, role)
-        apart = weights.shape[:-2]
-        flat = jax.tree.map(
-            lambda x: x.reshape(-1, *x.shape[len(apart) :]), (weights, key, state)
-        )
-        found = lax.map(one, flat)
-        return jax.tree.map(lambda x: x.reshape(*apart, *x.shape[1:]), found)
+    def every(leaf, layers, keys, stats):
+        def of_layer(given):
+            layer, key, state = given
+            weights = layer_matrices(leaf, layer, role)
+            apart = weights.shape[:-2]
+            flat = jax.tree.map(
+                lambda x: x.reshape(-1, *x.shape[len(apart) :]), (weights, key, state)
+            )
+            found = lax.map(one, flat)
+            return jax.tree.map(lambda x: x.reshape(*apart, *x.shape[1:]), found)
 
-    return lax.map(of_layer, (layers, keys, stats))
+        return lax.map(of_layer, (layers, keys, stats))
+
+    mesh = _explicit_mesh(leaf)
+    if mesh is None:
+        return every(leaf, layers, keys, stats)
+    # Decompositions know no layouts over a mesh: XLA chooses them.
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    placed: Any = jax.sharding.auto_axes(every, out_sharding=whole)
+    return placed(leaf, layers, keys, stats)
+
+
+def _explicit_mesh(leaf: Any) -> Any:
+    """The mesh over which a weight is laid out by explicit axes, if it is."""
+    for array in jax.tree.leaves(leaf):
+        mesh = getattr(jax.typeof(array).sharding, "mesh", None)
+        if mesh is not None and not mesh.empty and mesh.explicit_axes:
+            return mesh
+    return None
 
 
 def _gathered(slot: Slot, made: list[Any], name: str, dtype: Any) -> jax.Array:

@@ -8,7 +8,7 @@ import numpy as np
 from jax.core import Tracer
 
 from .._errors import PlanError, closest, shorten
-from ..adapters import Adapter
+from ..adapters import Adapter, Fixed
 from ._plan import Plan
 from ._sites import Site, Slot, parameters
 
@@ -112,7 +112,23 @@ def fitted(plan: Plan, adapter: Adapter) -> Plan:
             if site is not None:
                 rank = int(found[i])
                 ranks[site.name] = rank, _alpha(site, rank, scales[i], plan)
-    return _resized(plan, ranks)
+    return _resized(_thawed(plan, adapter), ranks)
+
+
+def _thawed(plan: Plan, adapter: Adapter) -> Plan:
+    """The plan with those factors frozen that the adapter keeps fixed."""
+
+    def site(one: Site | None, fixed: Fixed) -> Site | None:
+        frozen = tuple(name for name in ("a", "b") if name in fixed)
+        return one and dataclasses.replace(one, frozen=frozen)
+
+    slots = (
+        dataclasses.replace(
+            slot, sites=tuple(site(one, adapter.fixed[slot.name]) for one in slot.sites)
+        )
+        for slot in plan.slots
+    )
+    return dataclasses.replace(plan, slots=tuple(slots))
 
 
 def _alpha(site: Site, rank: int, scale: np.floating, plan: Plan) -> float:

@@ -9,7 +9,7 @@ from helpers import assert_close, numbers
 import lorax_jax as lj
 from lorax_jax.adapters import Fixed
 from lorax_jax.errors import PlanError
-from lorax_jax.planning import Spectra, weight_matrices
+from lorax_jax.planning import Spectra, layer_matrices
 from lorax_jax.statistics import GradientFactors, Moments, SecondMoment
 
 D, F = 6, 4
@@ -74,7 +74,12 @@ def test_matrices_are_those_of_the_factors(model):
     plan, params = model
     train, fixed = {}, {}
     for slot in plan.slots:
-        weight = weight_matrices(slot, params[slot.role.path])
+        weight = jnp.stack(
+            [
+                layer_matrices(params[slot.role.path], i, slot.role)
+                for i in range(len(slot.sites))
+            ]
+        )
         d_out = slot.sides[1]
         one = jnp.broadcast_to(jnp.eye(d_out), (*weight.shape[:-2], d_out, d_out))
         a, b = slot.arrays(weight, one)

@@ -210,6 +210,28 @@ def test_divided_parameters_and_batches():
     assert_close(rebuilt(found), rebuilt(expected), factor=16)
 
 
+@pytest.mark.parametrize("names", [(None, "model"), ("model", None), (None, None)])
+def test_explicit_sharding(names):
+    loss, params, batches = linear()
+    expected = capture(loss, params, batches, "w", size=20)["w"]
+    explicit = (jax.sharding.AxisType.Explicit,) * 2
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=explicit)
+    spec = jax.sharding.PartitionSpec
+
+    def placed(params, x):
+        out = spec("data", None)
+        y = jnp.einsum("bd,df->bf", x, params["w"], out_sharding=out)
+        return jnp.mean((jnp.tanh(y) - 1) ** 2)
+
+    plan = lj.plan(lj.LoraConfig("w", rank=2), params, loss, batches[0])
+    with jax.set_mesh(mesh):
+        divided = {"w": jax.device_put(params["w"], spec(*names))}
+        xs = [jax.device_put(x, spec("data", None)) for (x,) in batches]
+        found = lj.capture_grad(placed, plan, size=20).run(divided, xs)["w"]
+    found = jax.device_get(found)
+    assert_close(rebuilt(found), rebuilt(expected), factor=4)
+
+
 def test_no_gradient_is_built():
     loss, params, batches = linear()
     plan = lj.plan(lj.LoraConfig("w", rank=2), params, loss, batches[0])
@@ -317,6 +339,8 @@ def test_refuses_what_holds_no_batches(made):
     plan, params, _, loss = made
     with pytest.raises(CaptureError, match="`batches` is a int; a list of batches"):
         lj.capture_grad(loss, plan).run(params, 3)
+    with pytest.raises(CaptureError, match="`batches` is a dict; a list of batches"):
+        lj.capture_grad(loss, plan).run(params, {"x": jnp.ones((4, 30))})
 
 
 @pytest.mark.parametrize("batches", [[], lambda: iter([])])

@@ -9,6 +9,7 @@ import pytest
 from streams import D, rows
 
 import lorax_jax as lj
+from lorax_jax import capturing
 from lorax_jax.capturing._settle import settle
 from lorax_jax.errors import CaptureError, CaptureWarning, PlanError
 from lorax_jax.statistics import Moments, Pca
@@ -191,6 +192,35 @@ def test_states_start_an_adapter():
         )
         np.testing.assert_array_equal(start.a, state.components[: site.rank].T)
         assert np.linalg.matrix_rank(start.a) == site.rank
+
+
+def test_on_a_model():
+    """From a scanned model to an adapter, in one piece."""
+    keys = jax.random.split(jax.random.key(0), 2)
+    params = {
+        n: jax.random.normal(k, (3, D, D)) / 4 for n, k in zip("ab", keys, strict=True)
+    }
+
+    def fn(params, x):
+        def layer(x, w):
+            return jnp.tanh(x @ w["a"]) + x @ w["b"], None
+
+        return jax.lax.scan(layer, x, params)[0]
+
+    plan = lj.plan(lj.LoraConfig("[ab]", rank=2, init="eva"), params, fn, (rows(30),))
+    given = [rows(30, seed) for seed in range(4)]
+    found = capturing.eva(fn, plan, params, given, tau=0.9, steps=None)
+    assert found.shared == tuple((f"{i}/a", f"{i}/b") for i in range(3))
+    adapter = lj.init(found.plan, params, key=keys[0], stats=found.states)
+    ranks = {site.name: site.rank for site in found.plan}
+    for name, factors in adapter.train.items():
+        components = np.asarray(found.states[name].components)  # (3, k, D)
+        for i in range(3):
+            rank = ranks.get(f"{i}/{name}", 0)
+            expected = components[i, :rank].T
+            np.testing.assert_array_equal(factors["a"][i, :, :rank], expected)
+            assert not factors["a"][i, :, rank:].any()
+        assert not factors["b"].any()
 
 
 def test_a_bar(capsys):

@@ -42,14 +42,22 @@ class Kind:
 
 
 def delta(w, role, train, fixed):
-    """`s A B` laid out as `w`."""
+    """`s A B` laid out as `w`, less `s A0 B0` where there are starting factors."""
+    a, b = ((train if name in train else fixed)[name] for name in ("a", "b"))
+    whole = _product(w, role, a, b, fixed["scale"])
+    if "a0" not in fixed:
+        return whole
+    return whole - _product(w, role, fixed["a0"], fixed["b0"], fixed["scale"])
+
+
+def _product(w, role, a, b, scale):
     letters = "abcdefgh"[: w.ndim]
 
     def names(axes):
         return "".join(letters[axis] for axis in axes)
 
     batch, outputs = names(role.batch), names(role.outputs)
-    a, one = train["a"], "r"
+    one = "r"
     if role.groups > 1:  # an A for each output, which is that of its group
         sizes = role.sizes(w.shape, role.outputs)
         a = jnp.repeat(a, math.prod(sizes) // role.groups, axis=-2)
@@ -59,7 +67,7 @@ def delta(w, role, train, fixed):
         f"{batch}{names(role.inputs)}{one},{batch}r{outputs},"
         f"{names(role.stacked)}->{letters}"
     )
-    return jnp.einsum(spec, a, train["b"], fixed["scale"])
+    return jnp.einsum(spec, a, b, scale)
 
 
 def _lora(w, base, role, train, fixed):
@@ -132,6 +140,27 @@ def _two(key, params, role):
     ]
 
 
+def _from_start(key, params, role):
+    """Both factors moved from starting factors that are not zero."""
+    first, second = jax.random.split(key)
+    (adapter,), (start,) = _one(first, params, role), _one(second, params, role)
+    begun = {f"{name}0": start.train[role.name][name] for name in ("a", "b")}
+    moved = {
+        name: begun[f"{name}0"] + 0.5 * value
+        for name, value in adapter.train[role.name].items()
+    }
+    fixed = Fixed(role, {**adapter.fixed[role.name], **begun})
+    return [lj.Adapter({role.name: moved}, {role.name: fixed})]
+
+
+def _frozen(key, params, role):
+    """B among what does not move."""
+    (adapter,) = _one(key, params, role)
+    train = dict(adapter.train[role.name])
+    fixed = Fixed(role, {**adapter.fixed[role.name], "b": train.pop("b")})
+    return [lj.Adapter({role.name: train}, {role.name: fixed})]
+
+
 def _magnitudes(key, params, role):
     role = dataclasses.replace(role, kind="dora")
     (adapter,) = _one(key, params, role)
@@ -179,6 +208,8 @@ def _is_table(layout):
 KINDS = [
     Kind("lora", _one),
     Kind("two_lora", _two, alone=False),
+    Kind("from_start", _from_start, alone=False),
+    Kind("frozen_b", _frozen, alone=False),
     Kind("dora", _magnitudes, takes=_has_columns, refuses=_NO_DORA),
     Kind(
         "lora_dora",

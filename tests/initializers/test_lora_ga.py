@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close
+from helpers import assert_close, numbers
 
 import lorax_jax as lj
 from lorax_jax.adapters import Adapter, Fixed
@@ -192,8 +192,8 @@ def test_moves_as_theirs_does(factors, direction):
         a0, b0 = start.a * sign_a[None], start.b * sign_b[:, None]
         moved_a, moved_b = draw(*a.shape) / 20, draw(*b.shape) / 20
         train[name] = {"a": a0 + moved_a, "b": b0 + moved_b}
-        numbers = {"scale": jnp.float32(SCALE), "rank": jnp.int32(RANK)}
-        fixed[name] = Fixed(roles[name], numbers | {"a0": a0, "b0": b0})
+        kept = {"scale": jnp.float32(SCALE), "rank": jnp.int32(RANK)}
+        fixed[name] = Fixed(roles[name], kept | {"a0": a0, "b0": b0})
         module = getattr(model.base_model.model, name)
         with torch.no_grad():
             module.lora_A["default"].weight += torch.tensor(moved_a.T)
@@ -215,6 +215,49 @@ def test_conv1d_takes_its_inputs_for_outputs(factors):
     start = ours(factors, "down", LoraGa())
     ratio = np.linalg.norm(b, axis=1) / np.linalg.norm(start.b, axis=1)
     np.testing.assert_allclose(ratio, (H / OUT) ** 0.25, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_from_gradients_to_a_step(direction, dtype, key):
+    """Stacked layers: nothing changes at the start, and a step goes downhill."""
+    weights = numbers(jax.random.key(1), (3, D, D)) / np.sqrt(D)
+    params = {"layers": {"w": weights.astype(dtype)}}
+
+    def forward(params, x):
+        layer = lambda x, w: (x + jnp.tanh(x @ w), None)  # noqa: E731
+        return jax.lax.scan(layer, x.astype(dtype), params["layers"]["w"])[0]
+
+    def loss(params, x):
+        return jnp.mean((forward(params, x).astype(jnp.float32) - 1) ** 2)
+
+    batches = [numbers(jax.random.key(i), (6, D)) for i in range(2)]
+    init = LoraGa(direction)
+    config = lj.LoraConfig({r"layers/(0|2)/w": {"init": init}, "layers/w": {}}, rank=2)
+    plan = lj.plan(config, params, loss, (batches[0],))
+    stats = lj.capture_grad(loss, plan).run(params, batches)
+    adapter = lj.init(plan, params, key=key, stats=stats)
+    bound = lj.bind(params, adapter)
+    base = forward(params, batches[0])
+    np.testing.assert_array_equal(lj.adapt(forward)(bound, batches[0]), base)
+    assert adapter.fixed["layers/w"]["a0"][np.array([0, 2])].any()
+    assert not adapter.fixed["layers/w"]["a0"][1].any()
+
+    def total(train):
+        bound = lj.bind(params, Adapter(train, adapter.fixed))
+        return sum(lj.adapt(loss)(bound, x) for x in batches)
+
+    value, grads = jax.value_and_grad(total)(adapter.train)
+    moved = jax.tree.map(lambda x, g: x - 0.1 * g, adapter.train, grads)
+    assert total(moved) < value
+
+
+def test_init_asks_for_gradients(key):
+    params = jax.tree.map(jnp.asarray, WEIGHTS)
+    config = lj.LoraConfig(list(NAMES), rank=RANK, init="lora_ga")
+    plan = lj.plan(config, params, apply, (XS[0],))
+    with pytest.raises(PlanError, match="`capture_grad` where it starts"):
+        lj.init(plan, params, key=key)
 
 
 def exact(d_in=6, d_out=5, size=None):
@@ -271,6 +314,17 @@ def test_options_stand_for_the_name():
         stats=exact(),
     )
     assert_close(start, call(exact(), LoraGa(scale="unit")))
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_options_go_to_peft_and_back(direction, scale):
+    options = LoraGa(direction, scale, 8)
+    fields = options.to_peft()
+    assert fields["scale"] == SCALES[scale] and LoraGa.from_peft(fields) == options
+    config = pytest.importorskip("peft.tuners.lora.config").LoraGAConfig(**fields)
+    assert vars(config) == fields
+    assert LoraGa.from_peft({}) == LoraGa()
 
 
 @pytest.mark.parametrize(

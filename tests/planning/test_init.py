@@ -174,27 +174,6 @@ def test_experts_draw_one_by_one(key):
     assert 0.9 / np.sqrt(D) < np.abs(a).max() <= 1 / np.sqrt(D)
 
 
-SHAPE_ALONE = [
-    n for n in initializers.names() if initializers.method(n).reads == "shape"
-]
-
-
-@pytest.mark.parametrize("name", SHAPE_ALONE, ids=str)
-def test_every_initializer(name, key):
-    """Finite, of the right shape, unchanged function at the start where promised."""
-    start = initializers.get(name)
-    weight = jax.ShapeDtypeStruct((12, 6), jnp.bfloat16)
-    draw = jax.jit(lambda key: start(weight, rank=3, scale=2.0, key=key))
-    a, b, *_ = draw(key)
-    assert a.shape == (12, 3) and b.shape == (3, 6)
-    assert a.dtype == b.dtype == jnp.float32
-    assert jnp.isfinite(a).all() and jnp.isfinite(b).all() and a.any()
-    if name not in (False, "random"):
-        assert not (a @ b).any()
-    many = jax.vmap(lambda key: start(weight, rank=3, scale=2.0, key=key))(key[None])
-    assert_close(many.a[0], a)
-
-
 def test_distributions(key):
     """Bounds and deviations are PEFT's."""
     weight = jax.ShapeDtypeStruct((400, 300), jnp.float32)

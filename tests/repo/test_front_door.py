@@ -29,6 +29,8 @@ def test_the_front_door_is_one_screen():
         ("merge", ["params", "adapters", "*weights", "*report", "*safe"]),
         ("fold", ["params", "adapter"]),
         ("to_lora", ["adapter", "*rank"]),
+        ("capture_grad", ["loss", "plan", "*size"]),
+        ("allocate", ["plan", "spectra", "*budget"]),
         ("save_adapter", ["dir", "adapter", "*plan", "*names"]),
         ("load_adapter", ["dir", "params", "*plan", "*names", "*strict"]),
         ("export_merged", ["base_dir", "adapter", "out_dir"]),
