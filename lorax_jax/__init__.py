@@ -10,6 +10,7 @@ from .adapters import Adapter as Adapter
 from .adapters import bind as bind
 from .transform import adapt as adapt
 from .merging import merge as merge
+from .capturing import prepare as prepare
 from .capturing import capture as capture
 from .capturing import capture_grad as capture_grad
 from .allocating import allocate as allocate
@@ -27,10 +28,12 @@ from ._functional import functional as functional
 from .checkpoint import save_adapter as save_adapter
 from .checkpoint import load_adapter as load_adapter
 from .checkpoint import export_merged as export_merged
+from . import capturing as capturing
 from . import embedded as embedded
 from . import errors as errors
 from . import initializers as initializers
 from . import models as models
 from . import quant as quant
+from . import statistics as statistics
 from . import _load_adapted as _load_adapted
 from . import train as train

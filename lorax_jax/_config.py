@@ -68,9 +68,24 @@ class LoraConfig:
         rslora: divide `alpha` by the square root of the rank.
         dropout: probability of dropping an input of A. Acts only when `bind` is given
             a `key`.
-        init: `True` or `"kaiming"` (A uniform, B zero), `"gaussian"` (A normal, B
-            zero), or `False` (both random: the adapted function differs from the base
-            at once). Embeddings have A zero and B normal.
+        init: how A and B start. All but `False` start where the base is.
+
+            - At random: `True` or `"kaiming"` (A uniform, B zero), `"gaussian"` (A
+              normal, B zero), `"orthogonal"` (both random, of product zero), or `False`
+              or `"random"` (both random: the adapted function differs from the base at
+              once). Embeddings have A zero and B normal.
+            - From the weight: `"pissa"` (its leading singular directions),
+              `"pissa_niter_N"` (the same, randomized, with N iterations), `"olora"`
+              (its QR decomposition), `"mica"` (B the output directions that it uses
+              least, never trained).
+            - From what `prepare` gathers: `"eva"` (directions along which inputs vary
+              most), `"corda"` or `"corda_ipm"` and `"corda_kpm"` (directions of the
+              weight that inputs use most, or least), `"lora_ga"` (directions of the
+              gradient).
+
+            Options of a method are an instance in place of the name, such as
+            `initializers.LoraGa(scale="unit")`. Starting factors are kept in the
+            adapter, and the base is never changed.
         layers: indices of the layers to adapt; `None` adapts all.
         tie: for a tied embedding: `"shared"` adapts the table, seen by the lookup and
             the head, `"lookup"` and `"head"` adapt one of its uses.

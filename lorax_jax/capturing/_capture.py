@@ -18,6 +18,7 @@ from ..statistics import Statistic
 from ..structure import Factor
 from ..transform import Note, Options, allowed, follow, is_dynamic, observe
 from ._automatic import automatic
+from ._chosen import chosen
 from ._run import run
 from ._stats import Stats, mapped
 from ._tap import APART, NONE, About, Tap
@@ -28,6 +29,7 @@ def capture(
     plan: Plan,
     *,
     stat: Statistic,
+    only: Iterable[str] | None = None,
     tokens: int | str = 0,
     materialize: str | Iterable[str] = "error",
 ) -> "Capture":
@@ -57,6 +59,7 @@ def capture(
             derivatives of their own are gone into.
         plan: which weights.
         stat: what to gather; see `lorax_jax.statistics`.
+        only: names of the adapted weights (`Slot.name`) to look at; `None` is all.
         tokens: which of the model's other arguments has the axes of a mask: its
             position, or its name if it is given by name.
         materialize: as in `adapt`; nothing can be gathered where a dense weight is.
@@ -74,9 +77,7 @@ def capture(
         >>> gather(gather.init(), params, x)["w"].mean.tolist()
         [1.5, 2.5, 3.5]
     """
-    slots = tuple(
-        slot for slot in plan.slots if "a" in slot.shapes() and not slot.role.lookup
-    )
+    slots = tuple(slot for slot in chosen(plan, only) if not slot.role.lookup)
     if not slots:
         raise CaptureError(
             "No weight of the plan has inputs that a statistic could be taken of: they "

@@ -82,33 +82,30 @@ class Components:
         return [name for name, count in self.count.items() if (count == 0).any()]
 
 
-def frozen(
+def paused(
     slots: Sequence[Slot],
-    new: Mapping[str, PcaState],
-    old: Mapping[str, PcaState],
+    states: Mapping[str, PcaState],
+    keep: Mapping[str, jax.Array],
     done: Mapping[str, bool],
 ) -> dict[str, PcaState]:
-    """The new states, but for sites that are done: those keep the old ones."""
+    """The states, of which those of sites that are done skip the next batch.
+
+    A batch with fewer rows than components are kept is skipped, so a site that is done
+    asks for more rows than any batch has.
+
+    Args:
+        slots: of all the sites.
+        states: name of a slot -> its state.
+        keep: -> how many components its sites keep.
+        done: name of a site -> whether it is done.
+    """
     found = {}
     for slot in slots:
         still = [site is not None and not done[site.name] for site in slot.sites]
-        if all(still):
-            found[slot.name] = new[slot.name]
-        elif not any(still):
-            found[slot.name] = old[slot.name]
-        else:
-            moving = jnp.asarray(still).reshape(slot.layers)
-            found[slot.name] = _where(moving, new[slot.name], old[slot.name])
+        moving = jnp.asarray(still).reshape(slot.layers + (1,) * len(slot.apart))
+        asked = jnp.where(moving, keep[slot.name], jnp.inf)
+        found[slot.name] = dataclasses.replace(states[slot.name], keep=asked)
     return found
-
-
-@jax.jit
-def _where(moving: jax.Array, new: PcaState, old: PcaState) -> PcaState:
-    def choose(x: jax.Array, y: jax.Array) -> jax.Array:
-        shape = moving.shape + (1,) * (x.ndim - moving.ndim)
-        return jnp.where(moving.reshape(shape), x, y)
-
-    return jax.tree.map(choose, new, old)
 
 
 def keeping(

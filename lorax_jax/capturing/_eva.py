@@ -1,57 +1,38 @@
-"""`eva`: principal components of all sites until they settle, and ranks from them."""
+"""`eva`: EVA's own procedure on a model."""
 
 import dataclasses
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
-from tqdm import tqdm
+import jax
+import jax.numpy as jnp
 
-from .._errors import CaptureError, CaptureWarning, shorten
+from .. import initializers
+from .._errors import CaptureError
 from ..planning import Plan, Slot
-from ..statistics import PcaState
-from ._components import Components, frozen, keeping
-from ._cycle import END, Cycle
-from ._redistribute import caps, ranks, redistribute
-from ._sharing import sharing
-
-States = Mapping[str, PcaState]
-
-
-@dataclasses.dataclass(frozen=True)
-class EvaResult:
-    """What `eva` found.
-
-    Attributes:
-        plan: with the new ranks and alphas.
-        states: name of a slot -> its principal components: `stats` of `init`.
-        spectra: name of a site -> explained variance of its components, descending.
-        shared: groups of sites that share an input, by name.
-        steps: how many batches were taken in.
-        unsettled: names of sites whose components had not settled at the end.
-    """
-
-    plan: Plan
-    states: dict[str, PcaState]
-    spectra: dict[str, np.ndarray]
-    shared: tuple[tuple[str, ...], ...]
-    steps: int
-    unsettled: tuple[str, ...]
+from ..statistics import Pca
+from ._calls import Calls
+from ._capture import capture
+from ._run import Call
+from ._settle import EvaResult, States, settle
 
 
 def eva(
+    fn: Callable[..., Any],
     plan: Plan,
-    step: Callable[[dict[str, PcaState], Any], States],
-    states: States,
-    batches: Iterable[Any],
+    params: Any,
+    batches: Iterable[Any] | Callable[[], Iterable[Any]],
     *,
-    tau: float = 0.99,
     rho: float = 2.0,
+    tau: float = 0.99,
+    mask: Callable[..., Any] | None = None,
     budget: int | None = None,
     adjust_scale: bool = True,
     max_batches: int = 1000,
     order: Sequence[str] = (),
+    tokens: int | str = 0,
+    materialize: str | Iterable[str] = "error",
     progress: bool = False,
 ) -> EvaResult:
     r"""Gathers principal components until they settle, and distributes ranks by them.
@@ -68,143 +49,100 @@ def eva(
     and all may get as much as the one that may get most. They are found by the means
     and variances that the first batch gives them.
 
+    `prepare` is the shorter way: one pass, exact covariances, no `tau`.
+
     Args:
-        plan: whose sites get new ranks. Its own ranks add up to the budget.
-        step: `step(states, batch) -> states` runs the model on a batch and takes in
-            what its sites are fed. With `gather = capture(fn, plan, stat=Pca(...))` and
-            `stats = gather.init()` it is, compiled, `gather(dataclasses.replace(stats,
-            states=states), params, *batch).states`, and `states` is `stats`.
-        states: name of a slot -> the states of `Pca` for its layers, before any row.
-            Sites of slots that are not there keep their ranks.
-        batches: of any kind that `step` takes. A list, or what else can be gone through
-            again; what can not ends the procedure when it ends.
-        tau: cosine from which a component has settled.
+        fn: the model, `fn(params, *args)`.
+        plan: whose sites that start with `init="eva"` get new ranks, with the other
+            layers of their stacks. Their own ranks add up to the budget.
+        params: the parameters; never changed.
+        batches: each a tuple of the model's arguments, a mapping of its keyword
+            arguments (and `mask`), or its only argument. A list, or a function that
+            gives an iterator; an iterator ends the procedure when it ends.
         rho: how many times its rank a site may get; 1 leaves ranks as they are.
+        tau: cosine from which a component has settled.
+        mask: gives the mask of a batch from its arguments, as for `prepare`.
         budget: sum of the new ranks; `None` takes the sum of the old ones.
         adjust_scale: whether alphas follow ranks, as in `redistribute`.
         max_batches: most batches to take in.
         order: names of sites that are served before others that share their input,
             first come first. PEFT's order is that of its modules; those that are not
             named follow in the order of `plan`.
+        tokens, materialize: as for `capture`.
         progress: whether to show a bar.
 
     Returns:
         An `EvaResult`. The starting adapter is
-        `init(result.plan, params, key=key, stats=result.states)` where the plan says
-        `init="eva"`.
+        `init(result.plan, params, key=key, stats=result.states)`.
 
     Raises:
-        CaptureError: if there are no batches, no batch has as many rows for a site as
-            it keeps components, NaN or infinity is among the rows, or the states are
-            not those of `Pca` with as many components.
+        CaptureError: if no site starts with `init="eva"`, there are no batches, no
+            batch has as many rows for a site as it keeps components, or NaN or infinity
+            is among the rows.
         PlanError: if `rho`, `budget` or a name of `order` makes no sense.
 
     Warns:
         CaptureWarning: if sites have not settled when `max_batches` or the batches end.
 
     Example:
-        >>> import jax, lorax_jax as lj
-        >>> from lorax_jax.statistics import Pca
-        >>> weight, stat = jax.ShapeDtypeStruct((6, 4), "float32"), Pca(2)
-        >>> roles = {"w": {"inputs": (0,), "outputs": (1,)}}
-        >>> plan = lj.plan(lj.LoraConfig("w", rank=1), {"w": weight}, roles=roles)
-        >>> def step(states, rows):  # the model: what it feeds to "w"
-        ...     sums = stat.observe(rows, None, stat.context(states["w"]))
-        ...     return {"w": stat.update(states["w"], sums)}
-        >>> batches = [jax.random.normal(jax.random.key(i), (9, 6)) for i in range(3)]
-        >>> found = eva(plan, step, {"w": stat.init(6)}, batches, tau=0.5)
-        >>> [(site.path, site.rank) for site in found.plan], found.unsettled
-        ([('w', 1)], ())
+        >>> import lorax_jax as lj
+        >>> params = {"v": jnp.ones((6, 4)), "w": jnp.ones((6, 4))}
+        >>> fn = lambda params, x: (x @ params["v"], x**2 @ params["w"])
+        >>> xs = [jax.random.normal(jax.random.key(i), (64, 6)) for i in range(4)]
+        >>> xs = [x * jnp.array([9.0, 5.0, 3.0, 1.0, 0.1, 0.1])[None] for x in xs]
+        >>> config = lj.LoraConfig("[vw]", rank=2, init="eva")
+        >>> plan = lj.plan(config, params, fn, (xs[0],))
+        >>> found = lj.capturing.eva(fn, plan, params, xs, rho=1.5)
+        >>> [(site.name, site.rank) for site in found.plan]
+        [('v', 3), ('w', 1)]
 
     References:
         Paischer et al., "Parameter Efficient Fine-tuning via Explained Variance
         Adaptation", 2024. https://arxiv.org/abs/2410.07170
     """
-    if not 0 <= tau <= 1:
-        raise CaptureError(f"`tau` = {tau!r}; a cosine from 0 to 1 is meant.")
-    if max_batches < 1:
-        raise CaptureError(f"`max_batches` = {max_batches}; at least 1 is meant.")
-    slots, states = _slots(plan, states), dict(states)
-    sites = [site for slot in slots for site in slot.sites if site is not None]
-    names = [site.name for site in sites]
-    cycle = Cycle(batches)
-    groups = sharing(slots, step, states, cycle.first, order)
-    most = caps(plan, rho, groups, names)
-    budget = sum(site.rank for site in sites) if budget is None else budget
-    states = keeping(slots, states, rho, groups)
-    owner = {name: group[0] for group in groups for name in group}
-
-    def spectra() -> dict[str, np.ndarray]:
-        return {name: seen.explained[owner.get(name, name)] for name in names}
-
-    def settled() -> dict[str, bool]:
-        """Of each site, whether all components that are wanted have settled."""
-        found = {}
-        for name in names:
-            like = owner.get(name, name)
-            group = next((group for group in groups if name in group), (name,))
-            first = max(wanted[one] for one in group)
-            found[name] = bool((seen.similarity[like][:, :first] >= tau).all())
-        return found
-
-    seen, wanted, steps = Components.of(slots, states), most, 0
-    with tqdm(desc="EVA", unit="batch", disable=not progress) as bar:
-        while True:
-            done = settled()
-            bar.set_postfix_str(f"{sum(done.values())}/{len(done)} sites settled")
-            if all(done.values()) or steps == max_batches:
-                break
-            batch = cycle.next()
-            if batch is END:
-                break
-            states = frozen(slots, step(states, batch), states, done)
-            seen = Components.of(slots, states)
-            seen.check_finite()
-            steps += 1
-            bar.update()
-            if seen.filled():
-                wanted = ranks(spectra(), most, budget, groups)
-            elif cycle.passed:
-                break
-    seen.check_filled()
-    unsettled = tuple(name for name in names if not done[name])
-    if unsettled:
-        warnings.warn(_unsettled(unsettled, steps, tau), CaptureWarning, stacklevel=2)
-    options: dict[str, Any] = {"rho": rho, "adjust_scale": adjust_scale}
-    new = redistribute(plan, spectra(), budget=budget, shared=groups, **options)
-    return EvaResult(new, states, spectra(), groups, steps, unsettled)
-
-
-def _slots(plan: Plan, states: States) -> tuple[Slot, ...]:
-    """The slots that there are states for, in the plan's order."""
-    slots = tuple(slot for slot in plan.slots if slot.name in states)
-    strange = set(states) - {slot.name for slot in slots}
-    if strange or not slots:
+    calls = Calls(batches, mask)
+    slots = [slot for slot in plan.slots if starts_with_eva(slot)]
+    if not slots:
         raise CaptureError(
-            f"The states are those of {shorten(sorted(states)) or 'nothing'}, and the "
-            f"plan adapts {shorten([slot.name for slot in plan.slots])}. Give states "
-            "that were made for this plan."
+            "No site of the plan starts with EVA. Say so: "
+            "`LoraConfig(targets, init='eva')`."
         )
-    for slot in slots:
-        if not isinstance(states[slot.name], PcaState):
-            raise CaptureError(
-                f"The state of {slot.name!r} is a {type(states[slot.name]).__name__}; "
-                "EVA goes by principal components: `stat=statistics.Pca(...)`."
-            )
-        leading = states[slot.name].singular.shape[:-1]
-        if leading != (*slot.layers, *slot.apart):
-            raise CaptureError(
-                f"The state of {slot.name!r} has the leading axes {leading}, and its "
-                f"weight {(*slot.layers, *slot.apart)}. Give states that were made for "
-                "this plan."
-            )
-    return slots
+    most = max(round(rho * slot.rank) for slot in slots)
+    gather = capture(
+        fn,
+        plan,
+        stat=Pca(max(most, 1)),
+        only=[slot.name for slot in slots],
+        tokens=tokens,
+        materialize=materialize,
+    )
+    start = jax.tree.map(jnp.copy, gather.init())  # no two are one array: donated
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def take(states: States, params: Any, call: Call) -> States:
+        before = dataclasses.replace(start, states=states)
+        return gather(before, params, *call.args, **call.kwargs).states
+
+    given: Any = iter(calls) if isinstance(batches, Iterator) else calls
+    return settle(
+        plan,
+        lambda states, call: take(states, params, call),
+        start.states,
+        given,
+        tau=tau,
+        rho=rho,
+        budget=budget,
+        adjust_scale=adjust_scale,
+        max_batches=max_batches,
+        order=order,
+        progress=progress,
+    )
 
 
-def _unsettled(names: Sequence[str], steps: int, tau: float) -> str:
-    return (
-        f"After {steps} batches the components of {len(names)} sites still turn by "
-        f"more than `tau` = {tau} allows: {shorten(names)}. Ranks and directions are "
-        "what they are now. Give more batches or larger ones, raise `max_batches`, or "
-        "lower `tau`."
+def starts_with_eva(slot: Slot) -> bool:
+    """Whether a site of the slot starts with EVA."""
+    return any(
+        site.rank and (site.init == "eva" or isinstance(site.init, initializers.Eva))
+        for site in slot.sites
+        if site is not None
     )

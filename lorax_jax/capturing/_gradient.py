@@ -15,6 +15,7 @@ from ..statistics import GradientFactors
 from ..structure import wide
 from ..transform import adapt
 from ._batches import Batches
+from ._chosen import chosen
 from ._gradient_state import Factors, GradientState
 from ._gradient_step import step
 from ._range import basis, triplets_of_columns, triplets_of_rows
@@ -24,6 +25,7 @@ def capture_grad(
     loss: Callable[..., Any],
     plan: Plan,
     *,
+    only: Iterable[str] | None = None,
     size: int | None = None,
     passes: int = 4,
     weight: Callable[..., Any] | None = None,
@@ -59,6 +61,7 @@ def capture_grad(
         loss: `loss(params, *batch)`, a number: a mean over the batch's tokens, as for
             training. A plain function; it need not know of adapters.
         plan: whose sites are looked at: all that have a rank.
+        only: names of the adapted weights (`Slot.name`) to look at; `None` is all.
         size: directions kept of each gradient, at most `min(d_in, d_out)` of the site;
             `None` is four times the site's rank, twice what LoRA-GA takes.
         passes: times that the batches are gone through, from 2 up.
@@ -101,7 +104,7 @@ def capture_grad(
         raise CaptureError(
             f"`loss_scale` = {loss_scale!r:.60}; a positive number is meant."
         )
-    slots = tuple(slot for slot in plan.slots if slot.role.kind in _LOW_RANK)
+    slots = chosen(plan, only)
     if not slots:
         raise CaptureError(
             "No site of the plan has a rank, so there is no gradient to decompose. "
@@ -111,9 +114,6 @@ def capture_grad(
     return GradientCapture(
         slots, size, passes, step(slots, forward, weight, loss_scale)
     )
-
-
-_LOW_RANK = ("lora", "dora")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -241,6 +241,20 @@ class GradientCapture:
                 lambda x, lead=lead, kept=kept: x.reshape(*lead, *x.shape[kept:]), made
             )
         return factors
+
+    def types(self) -> dict[str, GradientFactors]:
+        """Shapes and dtypes of what `finish` gives."""
+        found = {}
+        for slot in self.slots:
+            (d_in, d_out), size = slot.sides, self._size(slot)
+            shapes = (d_in, size), (size,), (size, d_out)
+            lead = (*slot.layers, *slot.apart)
+            arrays = [
+                jax.ShapeDtypeStruct((*lead, *shape), wide(slot.dtype))
+                for shape in shapes
+            ]
+            found[slot.name] = GradientFactors(*arrays)
+        return found
 
     def run(
         self,

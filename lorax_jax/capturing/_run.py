@@ -2,9 +2,9 @@
 
 import itertools
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,7 @@ def run(
         desc="statistics",
         unit="batch",
         initial=start,
+        total=len(batches) or None if isinstance(batches, Sized) else None,
         disable=not progress,
     ):
         args, kwargs = arguments(batch)
@@ -63,11 +64,21 @@ def _step(
     return gather(stats, params, *args, **kwargs)
 
 
-def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+class Call(NamedTuple):
     """A batch as positional and keyword arguments of the model."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def arguments(batch: Any) -> Call:
+    """A batch as arguments of the model."""
+    if isinstance(batch, Call):
+        return batch
     if isinstance(batch, Mapping):
-        return (), dict(batch)
-    return (tuple(batch) if isinstance(batch, tuple | list) else (batch,)), {}
+        return Call((), dict(batch))
+    args = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
+    return Call(args, {})
 
 
 def check(stats: Stats) -> None:

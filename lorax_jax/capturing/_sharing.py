@@ -36,9 +36,11 @@ def sharing(
     Returns:
         Groups of two sites or more.
     """
-    # No batch is too small to have a mean.
+    # No batch is too small to have a mean. A copy, for the step may donate it.
     fresh = {
-        name: dataclasses.replace(state, keep=jnp.zeros_like(state.keep))
+        name: dataclasses.replace(
+            jax.tree.map(jnp.copy, state), keep=jnp.zeros_like(state.keep)
+        )
         for name, state in states.items()
     }
     after = step(fresh, batch)

@@ -10,6 +10,12 @@ _RULES = [
         r"Lower `rank` for this site: targets=\{(.+?): \{'rank': (\d+)\}, \.\.\.\}",
         r"Give --rank \2, or leave it out with --exclude \1.",
     ),
+    (
+        r"Give it another rank: targets=\{.+?: \{'rank': (\d+)\}, \.\.\.\}",
+        r"Give --rank \1.",
+    ),
+    (r"Give more batches, mask fewer tokens,", "Raise --init-rows,"),
+    (r" for this site(, e\.g\. with a rule of its own)?\.", "."),
     (r"\nChoose what the adapter", " Choose what the adapter"),
     (
         r"\n  targets=\{[^\n]*\{'tie': '(\w+)'\}\} +([^\n]*)",

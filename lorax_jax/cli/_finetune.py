@@ -54,7 +54,15 @@ DTYPES = ("float32", "bfloat16", "float16")
     default=0.0,
     help="Of the inputs of A. [default: 0]",
 )
-@click.option("--init", default="kaiming", help="A and B's start. [default: kaiming]")
+@click.option(
+    "--init", default="kaiming", help="How it starts; see above. [default: kaiming]"
+)
+@click.option(
+    "--init-rows",
+    type=click.IntRange(1),
+    default=64,
+    help="Rows that it reads, if it reads any. [default: 64]",
+)
 @click.option(
     "--steps", type=click.IntRange(1), help="Updates. [default: 200; embedded 250]"
 )
@@ -114,6 +122,7 @@ def finetune(ctx: click.Context, **options: Any) -> None:
       lorax-jax finetune --model HuggingFaceTB/SmolLM2-135M --data notes.txt
       lorax-jax finetune --model ./llama --data chat.jsonl --rank 16 --dtype bfloat16
       lorax-jax finetune --targets '.*/(q|v)_proj/kernel' --out small --export
+      lorax-jax finetune --model ./llama --data notes.txt --init eva --init-rows 128
       lorax-jax finetune --data calls.txt --new-token '<tool>' --new-token '</tool>'
       lorax-jax finetune --resume lorax-out
           go on after Ctrl-C or SIGTERM; all other options are as they were
@@ -127,6 +136,11 @@ def finetune(ctx: click.Context, **options: Any) -> None:
     A new token is one token wherever its text stands in the data. Its rows of the table
     and of the head are trained beside the adapter and saved with it; `generate` and
     `merge` grow the base alike.
+
+    An adapter starts at random with --init kaiming, gaussian or orthogonal, from
+    factors of the weight with pissa, pissa_niter_N, olora or mica, and from what the
+    training rows say with eva, corda, corda_kpm or lora_ga, which read --init-rows of
+    them first. The model is the same at the start, and the base is never changed.
 
     OUT gets adapter/ (PEFT's format, with the tokenizer), merged/ with --export,
     loss.png, history.jsonl, run.json, and state/ to resume from. An existing folder is
@@ -155,6 +169,7 @@ def finetune(ctx: click.Context, **options: Any) -> None:
             _output.check_replaceable(out, **inputs)
         training = Training.prepare(settings)
         training.check_output(out, export=export)
+        training.start(resume=resume is not None)
         if resume is None:
             _output.forget(out)
             _settings.write(out, settings)

@@ -1,5 +1,6 @@
 """What `lorax-jax finetune` does, step by step."""
 
+import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from .. import _count, checkpoint, planning, train, transform
+from .. import _count, capturing, checkpoint, planning, train, transform
 from .._config import LoraConfig
 from ..adapters import Adapter, bind
 from ._base import Base, folder_of, load_base, reference
 from ._output import check_space
 from ._program import note_saved
 from ._rows import Rows, read_rows
+from ._start import start_stats
 from ._text import continue_text
 from ._tokens import check_rows, with_tokens
 
@@ -42,8 +44,7 @@ class Training:
     ):
         self.settings, self.base, self.rows, self.plan = settings, base, rows, plan
         self.forward = transform.adapt(base.model.apply)
-        key = jax.random.key(settings["seed"])
-        self.adapter = planning.init(plan, base.params, key=key)
+        self.adapter = Adapter({}, {})
         self.history: train.History = []
         self.tx = train.optimizer(
             learning_rate=settings["lr"],
@@ -86,6 +87,24 @@ class Training:
         click.echo(f"\n{plan}\n")
         return cls(settings, base, rows, plan)
 
+    def start(self, *, resume: bool) -> None:
+        """Makes the adapter that the run starts from.
+
+        Whether it can be made is known before anything is gathered for it. A run that
+        goes on finds its values in its state, so that its types are enough.
+        """
+        key = jax.random.key(self.settings["seed"])
+        init = functools.partial(planning.init, self.plan, key=key)
+        read = capturing.prepared_types(self.plan)
+        types = jax.eval_shape(
+            lambda params, stats: init(params, stats=stats), self.base.params, read
+        )
+        if resume:
+            self.adapter = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), types)
+        else:
+            stats = start_stats(self.plan, self.base, self.rows.data, self.settings)
+            self.adapter = init(self.base.params, stats=stats)
+
     def check_output(self, out: Path, *, export: bool) -> None:
         """Raises if what the run will write has no place, or no room."""
         memory = self.plan.memory()
@@ -104,8 +123,8 @@ class Training:
         """Trains, and prints measurements and samples. False if interrupted."""
         settings = self.settings
         steps = settings["steps"]
-        click.echo(_count.count(self.base.params, self.adapter))
         if not resume:
+            click.echo(_count.count(self.base.params, self.adapter))
             self._sample("before", train.scaled(self.adapter, np.float32(0)))
         try:
             run = train.finetune(

@@ -60,7 +60,8 @@ class Method:
             and `"stats"`. A rank above `min(d_in, d_out)` has no meaning to those that
             read more than the shape.
         freezes: which of the factors (`"a"`, `"b"`) are never trained.
-        stat: the statistic that is gathered for it where the user names none.
+        stat: the statistic that is gathered for it where the user names none; the type
+            `GradientFactors` of one that reads gradients.
         multiple: what the rank must be a multiple of.
         lookup: what starts an embedding table instead; `None` takes `start`.
         options: the type of its options. `init` may be an instance instead of a name,

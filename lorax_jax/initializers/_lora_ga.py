@@ -83,7 +83,7 @@ class LoraGa:
 register_options("lora_ga", Options(LoraGa, LoraGa.from_peft, LoraGa.to_peft))
 
 
-@register("lora_ga", reads="stats", options=LoraGa)
+@register("lora_ga", reads="stats", stat=GradientFactors, options=LoraGa)
 def lora_ga(
     weight: Float[Array, "d_in d_out"] | jax.ShapeDtypeStruct,
     *,
@@ -198,7 +198,8 @@ def _check(stats: Any, shape: tuple[int, ...], rank: int) -> None:
     if not isinstance(stats, GradientFactors):
         raise PlanError(
             f"The initializer 'lora_ga' starts from gradients, and got {stats!r:.60}. "
-            "Give `stats=capture_grad(loss, plan).run(params, batches)`."
+            "Give `stats=capture_grad(loss, plan).run(params, batches)`, or let "
+            "`prepare(..., loss=loss)` find them."
         )
     d_in, d_out = shape
     found = stats.u.shape, stats.v.shape

@@ -38,8 +38,8 @@ def check_stats(plan: Plan, stats: Mapping[str, Any] | None) -> Mapping[str, Any
         if name not in stats:
             raise PlanError(
                 f"`init` = {readers[0].init!r} at {name!r} reads statistics, and "
-                f"`stats` has none for it. Gather them with `capture`, or "
-                "`capture_grad` where it starts from gradients, and pass "
+                f"`stats` has none for it. Gather them with `plan, stats = "
+                "prepare(plan, params, fn, batches)`, and pass "
                 "`init(plan, params, key=key, stats=stats)`."
             )
         wanted = (*slot.layers, *slot.apart)

@@ -9,8 +9,9 @@ from inputs import inputs_of, mlp
 from streams import D, rows, step
 
 import lorax_jax as lj
-from lorax_jax import capturing, initializers
+from lorax_jax import initializers
 from lorax_jax.capturing import label_mask
+from lorax_jax.capturing._settle import settle
 from lorax_jax.statistics import Pca
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -183,7 +184,7 @@ def check(twin, scan=False, targets=LINEAR, bound=lambda *_: 1e-4, **options):
     plan = lj.plan(config, params, fn=model.apply, args=(given[0]["input_ids"],))
     stat, rho = Pca(32), options["eva"].get("rho", 2.0)
     order = sorted((s.name for s in plan), key=lambda n: place(names.module(n)))
-    found = capturing.eva(
+    found = settle(
         plan,
         stepper(plan, stat, seen, names.module),
         fresh(plan, stat),
@@ -260,7 +261,7 @@ def test_an_mlp(whiten, exact):
     roles = {name: {"inputs": (0,), "outputs": (1,)} for name in params}
     config = lj.LoraConfig("0|2", rank=1, alpha=5, init=initializers.Eva(whiten=whiten))
     plan, stat = lj.plan(config, params, roles=roles), Pca(2)
-    found = capturing.eva(
+    found = settle(
         plan, stepper(plan, stat, seen, str), fresh(plan, stat), range(len(loader))
     )
     (slot,) = found.plan.slots
