@@ -25,9 +25,9 @@ def capture_grad(
     loss: Callable[..., Any],
     plan: Plan,
     *,
-    only: Iterable[str] | None = None,
     size: int | None = None,
     passes: int = 4,
+    only: Iterable[str] | None = None,
     weight: Callable[..., Any] | None = None,
     loss_scale: float = 1.0,
     materialize: str | Iterable[str] = "error",
@@ -61,10 +61,10 @@ def capture_grad(
         loss: `loss(params, *batch)`, a number: a mean over the batch's tokens, as for
             training. A plain function; it need not know of adapters.
         plan: whose sites are looked at: all that have a rank.
-        only: names of the adapted weights (`Slot.name`) to look at; `None` is all.
         size: directions kept of each gradient, at most `min(d_in, d_out)` of the site;
             `None` is four times the site's rank, twice what LoRA-GA takes.
         passes: times that the batches are gone through, from 2 up.
+        only: names of the adapted weights (`Slot.name`) to look at; `None` is all.
         weight: `weight(*batch)`, what a batch counts for, such as its number of tokens;
             `None` counts each as 1, as PEFT does.
         loss_scale: a multiplier of the loss, divided out of the gradients again, for

@@ -39,7 +39,8 @@ def check_stats(plan: Plan, stats: Mapping[str, Any] | None) -> Mapping[str, Any
             raise PlanError(
                 f"`init` = {readers[0].init!r} at {name!r} reads statistics, and "
                 f"`stats` has none for it. Gather them with `plan, stats = "
-                "prepare(plan, params, fn, batches)`, and pass "
+                "prepare(plan, params, fn, batches)`, and `loss=` where it starts from "
+                "gradients, and pass "
                 "`init(plan, params, key=key, stats=stats)`."
             )
         wanted = (*slot.layers, *slot.apart)

@@ -256,7 +256,7 @@ def test_init_asks_for_gradients(key):
     params = jax.tree.map(jnp.asarray, WEIGHTS)
     config = lj.LoraConfig(list(NAMES), rank=RANK, init="lora_ga")
     plan = lj.plan(config, params, apply, (XS[0],))
-    with pytest.raises(PlanError, match="`capture_grad` where it starts"):
+    with pytest.raises(PlanError, match="`loss=` where it starts"):
         lj.init(plan, params, key=key)
 
 

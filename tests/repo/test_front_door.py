@@ -24,6 +24,7 @@ def test_the_front_door_is_one_screen():
     [
         ("plan", ["config", "params", "fn", "args", "kwargs", "*roles"]),
         ("init", ["plan", "params", "*key"]),
+        ("prepare", ["plan", "params", "fn", "batches", "*loss", "*mask"]),
         ("bind", ["params", "adapters", "*weights", "*key"]),
         ("adapt", ["fn", "*materialize", "*custom"]),
         ("merge", ["params", "adapters", "*weights", "*report", "*safe"]),
