@@ -13,11 +13,10 @@ import jax.numpy as jnp
 from .. import _paths
 from .._errors import CaptureError, shorten
 from ..adapters import Adapted, Origin, is_weight
-from ..planning import Plan, Slot
+from ..planning import Plan, Slot, places, witness
 from ..statistics import Statistic
 from ..structure import Factor
 from ..transform import Note, Options, allowed, follow, is_dynamic, observe
-from ._automatic import automatic
 from ._chosen import chosen
 from ._run import run
 from ._stats import Stats, mapped
@@ -115,7 +114,7 @@ class Capture:
         return Stats(
             states={slot.name: zeros(slot) for slot in self.slots},
             witness={
-                slot.name: jnp.zeros(len(_places(slot.shape)), jnp.float32)
+                slot.name: jnp.zeros(len(places(slot.shape)), jnp.float32)
                 for slot in self.slots
             },
             mixed=jnp.zeros((), bool),
@@ -350,26 +349,3 @@ def _tap(slot: Slot, statistic: Statistic, context: Any, mask: Any) -> Tap:
         groups=role.groups,
         use=role.use,
     )
-
-
-_MOST_PLACES = 16
-
-
-def _places(shape: tuple[int, ...]) -> list[int]:
-    """Some entries of an array, by their numbers in row-major order."""
-    size = math.prod(shape)
-    count = min(_MOST_PLACES, size)
-    # Not evenly spaced: initial weights may repeat with a period.
-    return [(i * i * 7919 + i * size // count) % size for i in range(count)]
-
-
-def witness(leaf: Any) -> jax.Array:
-    """Some entries of a leaf, which tell it from those of other models."""
-    array = leaf
-    if is_weight(leaf):
-        array = next(x for x in jax.tree.leaves(leaf) if jnp.ndim(x) > 0)
-    shape = jnp.shape(array)
-    at = jnp.unravel_index(jnp.array(_places(shape)), shape)
-    found = automatic(lambda x: x[at].astype(jnp.float32), jnp.asarray(array))
-    missing = len(_places(tuple(leaf.shape))) - found.size
-    return jnp.pad(found, (0, max(missing, 0)))[: len(_places(tuple(leaf.shape)))]

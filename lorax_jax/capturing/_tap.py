@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .._automatic import automatic
 from .._errors import CaptureError, FollowError, TransformError, shorten
 from ..adapters import Inner, Term, joins, together
 from ..statistics import Statistic
@@ -26,7 +27,6 @@ from ..structure import (
     is_factor,
 )
 from ..transform import Followed, Note, lay_out, meeting, take
-from ._automatic import automatic
 
 # The axis of a context that counts the matrices of one layer.
 APART = "apart"

@@ -12,3 +12,5 @@ from ._sites import Site as Site
 from ._sites import Slot as Slot
 from ._sites import parameters as parameters
 from ._spectra import Spectra as Spectra
+from ._witness import places as places
+from ._witness import witness as witness

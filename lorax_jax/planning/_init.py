@@ -11,6 +11,7 @@ from ..adapters import Adapter, Fixed, as_key, is_weight
 from ._check_stats import check_stats
 from ._plan import Plan
 from ._start import start
+from ._witness import check_witness
 
 
 def init(
@@ -65,6 +66,7 @@ def init(
     }
     shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
     key = as_key(key, "`init(..., key=)`")
+    seen = getattr(stats, "witness", {})
     stats = check_stats(plan, stats)
     train, fixed = {}, {}
     for slot in plan.slots:
@@ -75,6 +77,8 @@ def init(
                 "`init` the parameters that the plan was made on."
             )
         leaf, dtype = leaves[slot.role.path], plan.config.dtype
+        if slot.name in seen:
+            check_witness(slot.name, leaf, seen[slot.name])
         train[slot.name], more = start(slot, leaf, key, dtype, stats.get(slot.name))
         fixed[slot.name] = Fixed(slot.role, more)
     return Adapter(train, fixed)

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import lorax_jax as lj
 from lorax_jax.capturing import Stats, capture
-from lorax_jax.errors import CaptureError, TransformError
+from lorax_jax.errors import CaptureError, PlanError, TransformError
 from lorax_jax.statistics import Moments, SecondMoment, Sketch
 
 EPS = np.finfo(np.float32).eps
@@ -271,6 +271,16 @@ class TestRefusals:
             gather.run({"w": params["w"] + 1}, [x], stats=stats)
         other = gather.run({"w": params["w"] + 1}, [x])
         assert bool(stats.merge(other).mixed)
+
+    def test_init_on_another_model(self):
+        fn, params, x, _ = small()
+        config = lj.LoraConfig("w", rank=1, init="eva")
+        plan = lj.plan(config, params, fn, (x,))
+        stats = capture(fn, plan, stat=Moments()).run(params, [x])
+        lj.init(plan, params, key=jax.random.key(0), stats=stats)
+        with pytest.raises(PlanError, match="gathered on another model"):
+            other = {"w": params["w"] + 1}
+            lj.init(plan, other, key=jax.random.key(0), stats=stats)
 
     def test_other_parameters(self):
         fn, params, x, plan = small()

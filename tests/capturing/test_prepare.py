@@ -174,7 +174,7 @@ def test_eva_on_a_model():
     plan = plan_of({"layers/.": {"init": "eva"}, "head": {}})
     counted = Counter(FN)
     given = [ids for ids, _ in BATCHES]
-    options = {"rho": 1.5, "tau": 0.5, "steps": None}
+    options = {"rho": 1.5, "tau": 0.5}
     found = eva(lambda p, x: counted(p, x), plan, PARAMS, given, **options)
     assert counted.calls == 1
     assert set(found.states) == {"layers/q", "layers/k"}

@@ -14,7 +14,7 @@ ROOT = Path(lorax_jax.__file__).parent
 LEVELS = [
     {"_errors"},
     {"errors"},
-    {"_paths", "_json", "_ranges", "_linalg"},
+    {"_paths", "_json", "_ranges", "_linalg", "_automatic"},
     {"structure", "statistics", "_names", "_parts", "_growth"},
     {"_peft", "_rule"},
     {"_config", "quant", "models", "_functional"},
