@@ -1,7 +1,7 @@
 """How long does EVA take on SmolLM2-135M, here and with PEFT, and in how much memory?
 
-The same sequences, batches, rank and rho on both sides, float32, on the CPU; each form in
-a process of its own, so that its peak memory is its own. First that the leading
+The same sequences, batches, rank and rho on both sides, float32, on the CPU; each form
+in a process of its own, so that its peak memory is its own. First that the leading
 directions agree: PEFT's incremental components lie in the span of the exact ones.
 
     python benchmarks/fetch_smollm2.py

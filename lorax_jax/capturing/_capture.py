@@ -18,6 +18,7 @@ from ..statistics import Statistic
 from ..structure import Factor
 from ..transform import Note, Options, allowed, follow, is_dynamic, observe
 from ._chosen import chosen
+from ._mask import checked_mask
 from ._run import run
 from ._stats import Stats, mapped
 from ._tap import APART, NONE, About, Tap
@@ -149,6 +150,7 @@ class Capture:
         bound = self._tapped(stats, params, leaves, mask)
         prepare = None
         if mask is not None:
+            mask = checked_mask(mask)
             inputs = self._followed_from(bound, args, kwargs, jnp.shape(mask))
             prepare = functools.partial(_follow_tokens, inputs, jnp.ndim(mask))
         notes = observe(self.fn, (bound, *args), kwargs, self.options, prepare)

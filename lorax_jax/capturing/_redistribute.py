@@ -65,7 +65,11 @@ def redistribute(
         Paischer et al., "Parameter Efficient Fine-tuning via Explained Variance
         Adaptation", 2024. https://arxiv.org/abs/2410.07170
     """
-    groups = [tuple(group) for group in shared]
+    if not spectra:
+        raise CaptureError("`spectra` is empty: no site offers any direction.")
+    # Of those that share an input, the ones that offer nothing keep their ranks.
+    quiet = {site.name for site in plan} - set(spectra)
+    groups = [tuple(name for name in group if name not in quiet) for group in shared]
     most = caps(plan, rho, groups, spectra)
     sites = {site.name: site for site in plan}
     if budget is None:
@@ -92,7 +96,7 @@ def caps(
         groups: of sites that share an input.
         names: of the sites that take part.
     """
-    if not rho >= 1:
+    if not 1 <= rho < float("inf"):
         raise PlanError(f"`rho` = {rho!r}; a number from 1 up is meant.")
     sides = {
         site.name: min(slot.sides)

@@ -27,6 +27,8 @@ def run(
     every: int,
 ) -> Stats:
     """See `Capture.run`."""
+    if every < 1:
+        raise CaptureError(f"`every` = {every!r}; a number of batches is meant.")
     found = gather.init() if before is None else before
     if save is not None and Path(save).exists():
         found = found.load(save)

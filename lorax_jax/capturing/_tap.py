@@ -123,8 +123,8 @@ class Tap(Term):
         )
 
     def looks_up(self, axis: int) -> bool:
-        del axis
-        return False
+        # The head of a tied table: what is looked up are its outputs.
+        return self.use == "head" and self.output.holds(axis)
 
     def rescale(self, op: Scale) -> "Tap":
         if any(axis in self.inputs for axis in op.axes):

@@ -231,7 +231,8 @@ def _check(slot: Slot, arrays: Tensors, fixed: Fixed) -> None:
             f"  plan     {_shown(slot.shapes())}, ranks { {*true} }\n"
             f"  adapter  {_shown(found)}, ranks { {*ranks} }\n"
             "Give `save_adapter` the plan that the adapter was made with; for a "
-            "loaded adapter it is `receipt.plan`."
+            "loaded adapter it is `receipt.plan`, and for one that `to_lora` made "
+            "`planning.fitted(plan, adapter)`."
         )
 
 

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._errors import CaptureError
 from .._peft import Options, register_options
+from .._rule import check_flag
 from ..statistics import Moments
 from ._base import Start, register
 from ._stats import check_size, check_stats
@@ -28,6 +29,9 @@ class Eva:
     """
 
     whiten: bool = False
+
+    def __post_init__(self):
+        check_flag(self.whiten, "Eva(whiten=)")
 
 
 register_options(

@@ -216,7 +216,12 @@ def _check(stats: Any, shape: tuple[int, ...], rank: int) -> None:
             + (
                 f"Gather more: `capture_grad(loss, plan, size={4 * rank})`."
                 if most >= 2 * rank
-                else f"A kernel of shape {shape} has {most} at most: lower `rank` "
-                f"to {most // 2} for this site, e.g. with a rule of its own."
+                else f"A kernel of shape {shape} has {most} at most: "
+                + (
+                    f"lower `rank` to {most // 2}"
+                    if most > 1
+                    else "choose another `init`"
+                )
+                + " for this site, with a rule of its own."
             )
         )

@@ -20,13 +20,19 @@ def check_stats(plan: Plan, stats: Mapping[str, Any] | None) -> Mapping[str, Any
             axes are not its layers, experts and groups.
     """
     stats = {} if stats is None else stats
+    if not isinstance(stats, Mapping):
+        raise PlanError(
+            f"`stats` is a {type(stats).__name__}; what `prepare` or `capture` gave is "
+            "meant, a mapping from the names of adapted weights."
+        )
     slots = {slot.name: slot for slot in plan.slots}
-    for name in stats:
-        if name not in slots:
-            raise PlanError(
-                f"`stats` holds {name!r}, which the plan does not adapt. Closest: "
-                f"{shorten(closest(name, slots))}. Gather them with this plan."
-            )
+    # A plan whose ranks were distributed anew may have lost some of the weights.
+    if stats and not set(stats) & set(slots):
+        name = next(iter(stats))
+        raise PlanError(
+            f"`stats` holds {name!r} and nothing that the plan adapts. Closest: "
+            f"{shorten(closest(name, slots))}. Gather them with this plan."
+        )
     for name, slot in slots.items():
         readers = [
             site

@@ -8,6 +8,7 @@ from jaxtyping import PRNGKeyArray
 from .. import _paths
 from .._errors import PlanError
 from ..adapters import Adapter, Fixed, as_key, is_weight
+from ._check_started import check_started
 from ._check_stats import check_stats
 from ._plan import Plan
 from ._start import start
@@ -81,4 +82,7 @@ def init(
             check_witness(slot.name, leaf, seen[slot.name])
         train[slot.name], more = start(slot, leaf, key, dtype, stats.get(slot.name))
         fixed[slot.name] = Fixed(slot.role, more)
+        factors = {n: x for n, x in {**more, **train[slot.name]}.items() if n in "ab"}
+        if factors:
+            check_started(slot, factors, stats.get(slot.name))
     return Adapter(train, fixed)

@@ -28,7 +28,7 @@ def witness(leaf: Any) -> jax.Array:
     array, count = leaf, len(places(tuple(leaf.shape)))
     if is_weight(leaf):
         array = next(x for x in jax.tree.leaves(leaf) if jnp.ndim(x) > 0)
-    at = jnp.unravel_index(jnp.array(places(jnp.shape(array))), jnp.shape(array))
+    at = np.unravel_index(places(jnp.shape(array)), jnp.shape(array))
     found = automatic(lambda x: x[at].astype(jnp.float32), jnp.asarray(array))
     return jnp.pad(found, (0, max(count - found.size, 0)))[:count]
 

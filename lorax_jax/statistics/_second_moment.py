@@ -89,7 +89,8 @@ class SecondMoment:
         if self.normalize:
             seen = jnp.where(weights[:, None] > 0, rows, -jnp.inf)
             largest = jnp.abs(seen.max(initial=-jnp.inf))
-            rows = rows / jnp.where(used, largest, 1)
+            # Rows of zeros have no size to divide by, and stay zeros.
+            rows = rows / jnp.where(used & (largest > 0), largest, 1)
         products = product((weights[:, None] * rows).T, rows)
         return SecondMomentState(used.astype(jnp.float32), products)
 

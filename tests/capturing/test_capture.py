@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import lorax_jax as lj
 from lorax_jax.capturing import Stats, capture
 from lorax_jax.errors import CaptureError, PlanError, TransformError
-from lorax_jax.statistics import Moments, SecondMoment, Sketch
+from lorax_jax.statistics import Moments, Pca, SecondMoment, Sketch
 
 EPS = np.finfo(np.float32).eps
 
@@ -170,7 +170,9 @@ def test_over_devices(kind):
     mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=types)
     place = lambda spec: NamedSharding(mesh, PartitionSpec(*spec))  # noqa: E731
     split = jax.device_put(params, {"w": place((None, "tensor"))})
-    many = jax.jit(gather)(gather.init(), split, jax.device_put(x, place(("data",))))
+    rows = jax.device_put(x, place(("data",)))
+    with jax.set_mesh(mesh):
+        many = gather.run(split, [rows])
     close(many["w"], alone["w"])
 
 
@@ -252,7 +254,76 @@ def test_stats_are_a_tree_and_a_mapping():
     ) == jax.tree.structure(gather.init())
 
 
+def test_the_head_of_a_tied_table():
+    """Its inputs are those of the head; the lookup goes by."""
+    params = {"e": numbers(jax.random.key(0), (9, 4))}
+    ids = jnp.arange(6).reshape(2, 3)
+
+    def fn(params, ids):
+        return jnp.tanh(params["e"][ids]) @ params["e"].T
+
+    config = lj.LoraConfig({"e": {"tie": "head"}}, rank=2, init="eva")
+    plan = lj.plan(config, params, fn, (ids,))
+    stats = capture(fn, plan, stat=Moments()).run(params, [ids])
+    rows = np.tanh(np.asarray(params["e"]))[np.asarray(ids).ravel()]
+    np.testing.assert_allclose(stats["e@head"].mean, rows.mean(0), atol=1e-6)
+    adapter = lj.init(plan, params, key=jax.random.key(0), stats=stats)
+    out = lj.adapt(fn)(lj.bind(params, adapter), ids)
+    np.testing.assert_array_equal(out, fn(params, ids))
+
+
 class TestRefusals:
+    @pytest.mark.parametrize(
+        "stat", [Moments(), Pca(3)], ids=lambda s: type(s).__name__
+    )
+    def test_too_few_rows_to_start_from(self, stat):
+        fn, params, x, _ = small()
+        plan = lj.plan(lj.LoraConfig("w", rank=3, init="eva"), params, fn, (x,))
+        stats = capture(fn, plan, stat=stat).run(params, [x[:2]])
+        with pytest.raises(PlanError, match="[02] rows reached 'w'"):
+            lj.init(plan, params, key=jax.random.key(0), stats=stats)
+
+    def test_batches_too_small_for_their_components(self):
+        fn, params, x, _ = small()
+        plan = lj.plan(lj.LoraConfig("w", rank=3, init="eva"), params, fn, (x,))
+        stats = capture(fn, plan, stat=Pca(3)).run(params, [x[:2], x[2:4], x[4:]])
+        with pytest.raises(PlanError, match="rows reached|fewer directions"):
+            lj.init(plan, params, key=jax.random.key(0), stats=stats)
+
+    @pytest.mark.parametrize("init", ["corda", "pissa", "olora"])
+    def test_factors_that_are_no_numbers(self, init):
+        fn, params, x, _ = small()
+        plan = lj.plan(lj.LoraConfig("w", rank=2, init=init), params, fn, (x,))
+        gather = capture(fn, plan, stat=SecondMoment())
+        stats = gather.run(params, [0 * x]) if init == "corda" else None
+        if stats is None:
+            params = {"w": params["w"].at[0, 0].set(jnp.nan)}
+        with pytest.raises(PlanError, match="hold NaN"):
+            lj.init(plan, params, key=jax.random.key(0), stats=stats)
+
+    @pytest.mark.parametrize(
+        "mask, match",
+        [
+            (-np.ones(6), "negative entries"),
+            (np.full(6, np.nan), "negative entries or NaN"),
+            (np.ones(6, complex), "an entry for each token"),
+            (1.0, "an entry for each token"),
+            ("all", "an entry for each token"),
+        ],
+    )
+    def test_masks_that_are_none(self, mask, match):
+        fn, params, x, plan = small()
+        gather = capture(fn, plan, stat=Moments())
+        with pytest.raises(CaptureError, match=match):
+            gather(gather.init(), params, x, mask=mask)
+
+    def test_intervals_that_are_none(self, tmp_path):
+        fn, params, x, plan = small()
+        with pytest.raises(CaptureError, match="`every` = 0"):
+            capture(fn, plan, stat=Moments()).run(
+                params, [x], save=tmp_path / "s", every=0
+            )
+
     def test_no_batches(self):
         fn, params, _, plan = small()
         with pytest.raises(CaptureError, match="`batches` is empty"):

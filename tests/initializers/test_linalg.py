@@ -61,11 +61,11 @@ def test_leading_triplets(name, k):
 
 
 def test_what_does_not_converge_is_decomposed_in_full(monkeypatch):
-    _linalg._svd_top.cache_clear()
-    monkeypatch.setattr(_linalg, "_ROUNDS", 0)
+    _linalg._svd._svd_top.cache_clear()
+    monkeypatch.setattr(_linalg._filter, "_ROUNDS", 0)
     w = MATRICES["noise"]
     found = svd_top(w, 6)
-    _linalg._svd_top.cache_clear()
+    _linalg._svd._svd_top.cache_clear()
     exact = np.linalg.svd(np.asarray(w, np.float64), compute_uv=False)
     np.testing.assert_allclose(found.s, exact[:6], rtol=1e-5)
 

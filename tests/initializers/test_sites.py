@@ -181,7 +181,7 @@ def test_statistics_reach_their_layers(means, key):
     [
         (None, "`init` = 'means' at 'w' reads statistics, and `stats` has none"),
         ({}, "`init` = 'means' at 'w' reads statistics, and `stats` has none"),
-        ({"v": np.ones((3, 12))}, "`stats` holds 'v', .* Closest: w"),
+        ({"v": np.ones((3, 12))}, "`stats` holds 'v' and nothing that .* Closest: w"),
         (
             {"w": np.ones((2, 12))},
             r"shape \(2, 12\), whose leading axes must be \(3,\)",

@@ -3,14 +3,10 @@
 A full decomposition of a weight costs seconds, nearly all of them in LAPACK's
 sequential parts. The few leading triplets need none of that: large products with a thin
 block, and decompositions no wider than the block.
-
-Blocks of vectors lie on their side here, `(width, m)`: so products with them are
-fastest.
 """
 
 import functools
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -18,22 +14,20 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-# `svd_top` iterates until |G x - t x| is below this share of the largest eigenvalue t
-# of the Gram matrix G: under a hundred roundings of float32.
-TOLERANCE = 1e-5
-
-# `eigh_top` goes on until each |G x - t x| is below this share of its own t.
-RELATIVE = 1e-4
+from ._filter import (
+    check_count,
+    dot,
+    invariant,
+    orthonormal,
+    oversampling,
+    positive,
+    powered,
+    sized,
+)
 
 # Where |W^T u - s v| is then above this share of the largest singular value, the matrix
 # is decomposed in full.
 ACCEPTED = 3e-5
-
-# A filter may blow the leading direction up by this much over the last one wanted:
-# more, and the last one drowns in float32's rounding of the first.
-_AMPLIFIED = 1e4
-_DEGREE = 12
-_ROUNDS = 40
 
 
 class Svd(NamedTuple):
@@ -91,7 +85,7 @@ def svd_top(w: Float[Array, "n m"], k: int) -> Svd:
         Zhou, Saad, Tiago and Chelikowsky, "Self-consistent-field calculations using
         Chebyshev-filtered subspace iteration", 2006.
     """
-    _check(w.shape, k)
+    check_count(w.shape, k)
     return _svd_top(k)(w)
 
 
@@ -140,41 +134,10 @@ def svd_random(
         Halko, Martinsson and Tropp, "Finding structure with randomness", 2011.
         https://arxiv.org/abs/0909.4061
     """
-    _check(w.shape, k)
+    check_count(w.shape, k)
     if iterations < 0:
         raise ValueError(f"`iterations` = {iterations}; a number from 0 up is meant.")
     return _svd_random(k, iterations)(w, key)
-
-
-def eigh_top(
-    matrix: Float[Array, "m m"], k: int
-) -> tuple[Float[Array, " k"], Float[Array, "m k"]]:
-    r"""The `k` largest eigenvalues of a positive semidefinite matrix, and vectors.
-
-    The iteration of `svd_top`, until $\lVert G x - \theta x \rVert$ is below
-    `RELATIVE` $\theta$ for each of them, or a few roundings of the largest: spectra of
-    activations fall by orders of magnitude. Where the block would be a large part of
-    the matrix, it is diagonalized in full. Under `vmap` one after the other.
-
-    Args:
-        matrix: symmetric, positive semidefinite.
-        k: how many, at most `m`.
-
-    Returns:
-        Values, descending, and vectors as columns, float32.
-
-    Example:
-        >>> values, vectors = eigh_top(jnp.diag(jnp.array([1.0, 3.0, 2.0])), 2)
-        >>> values.tolist(), abs(vectors[:, 0]).tolist()
-        ([3.0, 2.0], [0.0, 1.0, 0.0])
-    """
-    _check(matrix.shape, k)
-    return _eigh_top(k)(matrix)
-
-
-def oversampling(k: int) -> int:
-    """How many columns more than `k` the blocks of this file have."""
-    return max(k, 8)
 
 
 def random_error(n: int, m: int, k: int, ratio: float = 1.0) -> float:
@@ -210,12 +173,12 @@ def residual(w: Float[Array, "n m"], found: Svd) -> Float[Array, ""]:
     True
     """
     w = w.astype(jnp.float32)
-    right = _dot(w, found.v) - found.u * found.s[None]
-    left = _dot(found.u.T, w).T - found.v * found.s[None]
+    right = dot(w, found.v) - found.u * found.s[None]
+    left = dot(found.u.T, w).T - found.v * found.s[None]
     worst = jnp.maximum(
         jnp.linalg.norm(right, axis=0).max(), jnp.linalg.norm(left, axis=0).max()
     )
-    return worst / _positive(found.s[0])
+    return worst / positive(found.s[0])
 
 
 def captured(w: Float[Array, "n m"], found: Svd) -> Float[Array, ""]:
@@ -231,7 +194,7 @@ def captured(w: Float[Array, "n m"], found: Svd) -> Float[Array, ""]:
     """
     w = w.astype(jnp.float32)
     best = jnp.linalg.svd(w, compute_uv=False)[: found.s.shape[0]]
-    return jnp.sum(_dot(found.u.T, w) ** 2) / _positive(jnp.sum(best**2))
+    return jnp.sum(dot(found.u.T, w) ** 2) / positive(jnp.sum(best**2))
 
 
 @functools.cache
@@ -242,35 +205,19 @@ def _svd_top(k: int):
         n, m = w.shape
         if n < m:
             return _turned(decompose(w.T))
-        w, size = _sized(w)
+        w, size = sized(w)
         width = k + oversampling(k)
         if 4 * width >= 3 * m:
             return _times(_full(w, k), size)
-        gram = _dot(w.T, w)  # (m, m)
+        gram = dot(w.T, w)  # (m, m)
         if 3 * width >= m:
             block = jnp.linalg.eigh(gram)[1][:, m - width :].T
         else:
-            block = _invariant(gram, width, k)
+            block = invariant(gram, width, k)
         found = _within(w, block, k)
         exact = (residual(w, found) <= ACCEPTED) & _complete(found)
         found = lax.cond(exact, lambda w: found, lambda w: _full(w, k), w)
         return _times(found, size)
-
-    return decompose
-
-
-@functools.cache
-def _eigh_top(k: int):
-    @jax.custom_batching.sequential_vmap
-    def decompose(matrix):
-        m, width = len(matrix), k + oversampling(k)
-        matrix, size = _sized((matrix + matrix.T) / 2)
-        if 3 * width >= m:
-            values, vectors = jnp.linalg.eigh(matrix, symmetrize_input=False)
-            return values[::-1][:k] * size, vectors[:, ::-1][:, :k]
-        block = _invariant(matrix, width, k, RELATIVE)
-        ritz = _rotated(lambda x: _dot(x, matrix), block)
-        return ritz.values[:k] * size, ritz.block[:k].T
 
     return decompose
 
@@ -283,21 +230,15 @@ def _svd_random(k: int, iterations: int):
         n, m = w.shape
         if n < m:
             return _turned(decompose(w.T, key))
-        w, size = _sized(w)
+        w, size = sized(w)
         width = min(k + oversampling(k), m)
         block = jax.random.normal(key, (width, m), jnp.float32)
         if iterations:
-            block = _powered(lambda x: _dot(_dot(x, w.T), w), block, k, iterations)
-        left = _orthonormal(_orthonormal(_dot(block, w.T)))  # (width, n)
+            block = powered(lambda x: dot(dot(x, w.T), w), block, k, iterations)
+        left = orthonormal(orthonormal(dot(block, w.T)))  # (width, n)
         return _times(_turned(_within(w.T, left, k)), size)
 
     return decompose
-
-
-def _sized(w: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The matrix with entries up to 1, whose squares are numbers, and its size."""
-    size = _positive(jnp.abs(w).max())
-    return w / size, size
 
 
 def _times(found: Svd, size: jax.Array) -> Svd:
@@ -311,114 +252,10 @@ def _full(w: jax.Array, k: int) -> Svd:
 
 def _within(w: jax.Array, block: jax.Array, k: int) -> Svd:
     """The best triplets with right vectors in the span of `block`, `(width, m)`."""
-    image = _dot(block, w.T)  # (width, n)
-    left = _orthonormal(_orthonormal(image))
-    u, s, vt = jnp.linalg.svd(_dot(left, image.T))
-    return _signed(Svd(_dot(u[:, :k].T, left).T, s[:k], _dot(vt[:k], block).T))
-
-
-def _invariant(gram: jax.Array, width: int, k: int, relative: float = 0.0) -> jax.Array:
-    """A block that spans the `k` leading eigenvectors of a Gram matrix.
-
-    Until each of them is right to `TOLERANCE` of the largest eigenvalue; with
-    `relative`, to this share of its own, or as nearly as float32 tells.
-    """
-    last = 16 * jnp.finfo(jnp.float32).eps if relative else TOLERANCE
-
-    def times(x):
-        return _dot(x, gram)
-
-    def going_on(state):
-        ritz, rounds = state
-        apart = jnp.linalg.norm(ritz.image - ritz.block * ritz.values[:, None], axis=1)
-        near = jnp.maximum(relative * ritz.values[:k], last * ritz.values[0])
-        return jnp.any(apart[:k] > near) & (rounds < _ROUNDS)
-
-    def once(state):
-        ritz, rounds = state
-        block = _filtered(times, ritz, _degree(ritz, k))
-        return _rotated(times, _orthonormal(_orthonormal(block))), rounds + 1
-
-    start = jax.random.normal(jax.random.key(0), (width, gram.shape[0]), jnp.float32)
-    first = _rotated(times, _orthonormal(_orthonormal(times(start))))
-    ritz, _ = lax.while_loop(going_on, once, (first, jnp.zeros((), jnp.int32)))
-    return ritz.block
-
-
-def _powered(times: Callable, block: jax.Array, k: int, applications: int) -> jax.Array:
-    """The block after a polynomial of degree `applications` in a Gram matrix."""
-
-    def once(state):
-        block, left = state
-        ritz = _rotated(times, block)
-        degree = jnp.minimum(_degree(ritz, k), left)
-        return _orthonormal(_filtered(times, ritz, degree)), left - degree
-
-    first = _orthonormal(times(block)), jnp.asarray(applications - 1, jnp.int32)
-    return lax.while_loop(lambda state: state[1] > 0, once, first)[0]
-
-
-class _Ritz(NamedTuple):
-    """Ritz vectors of a Gram matrix in a block, what it makes of them, their values."""
-
-    block: jax.Array
-    image: jax.Array
-    values: jax.Array
-
-
-def _rotated(times: Callable, block: jax.Array) -> _Ritz:
-    """The Ritz vectors in the span of an orthonormal block, leading ones first."""
-    image = times(block)
-    values, vectors = jnp.linalg.eigh(_dot(block, image.T))
-    turn = vectors[:, ::-1].T
-    return _Ritz(_dot(turn, block), _dot(turn, image), values[::-1])
-
-
-def _damped(values: jax.Array) -> jax.Array:
-    """Half of the interval from 0 that a filter damps: up to the last Ritz value."""
-    floor = jnp.finfo(jnp.float32).eps * values[0]
-    return _positive(jnp.maximum(values[-1], floor) / 2)
-
-
-def _degree(ritz: _Ritz, k: int) -> jax.Array:
-    """The largest degree that does not drown the last wanted direction in the first."""
-    place = jnp.maximum(ritz.values / _damped(ritz.values) - 1, 1)
-    growth = jnp.arccosh(place)  # T_d(x) is about exp(d arccosh(x)) / 2
-    most = math.log(_AMPLIFIED) / _positive(growth[0] - growth[k - 1])
-    return jnp.clip(most, 1, _DEGREE).astype(jnp.int32)
-
-
-def _filtered(times: Callable, ritz: _Ritz, degree: jax.Array) -> jax.Array:
-    r"""A Chebyshev polynomial of a Gram matrix, times a block.
-
-    With $c$ half of what is damped, $T_d((G - c) / c)$ scaled to 1 at the largest Ritz
-    value: the scaled recurrence of Zhou et al., in which nothing overflows.
-    """
-    half = _damped(ritz.values)
-    first = 1 / jnp.maximum(ritz.values[0] / half - 1, 1)
-
-    def step(_, state):
-        before, now, ratio = state
-        further = 1 / (2 / first - ratio)
-        then = (times(now) / half - now) * (2 * further) - before * (ratio * further)
-        return now, then, further
-
-    second = (ritz.image / half - ritz.block) * first
-    return lax.fori_loop(1, degree, step, (ritz.block, second, first))[1]
-
-
-def _orthonormal(x: jax.Array) -> jax.Array:
-    """Nearly orthonormal rows with the span of `x`'s; zero rows where it has less.
-
-    Through eigenvectors of the small Gram matrix, which takes products where a QR
-    decomposition is sequential. Twice makes them orthonormal to the last digit.
-    """
-    x = x / _positive(jnp.linalg.norm(x, axis=1, keepdims=True))
-    values, vectors = jnp.linalg.eigh(_dot(x, x.T))
-    there = values > jnp.finfo(jnp.float32).eps * len(values) * values[-1]
-    return _dot(
-        (vectors * jnp.where(there, lax.rsqrt(_positive(values)), 0)[None]).T, x
-    )
+    image = dot(block, w.T)  # (width, n)
+    left = orthonormal(orthonormal(image))
+    u, s, vt = jnp.linalg.svd(dot(left, image.T))
+    return _signed(Svd(dot(u[:, :k].T, left).T, s[:k], dot(vt[:k], block).T))
 
 
 def _turned(found: Svd) -> Svd:
@@ -438,20 +275,3 @@ def _signed(found: Svd) -> Svd:
     largest = jnp.take_along_axis(found.v, at[None], axis=0)
     sign = jnp.where(largest < 0, -1.0, 1.0).astype(jnp.float32)  # (1, k)
     return Svd(found.u * sign, found.s, found.v * sign)
-
-
-def _positive(x: jax.Array) -> jax.Array:
-    """`x`, or 1 where it is not positive: a divisor."""
-    return jnp.where(x > 0, x, 1)
-
-
-def _dot(x: jax.Array, y: jax.Array) -> jax.Array:
-    return jnp.dot(x, y, precision=lax.Precision.HIGHEST)
-
-
-def _check(shape: tuple[int, ...], k: int) -> None:
-    if not 1 <= k <= min(shape):
-        raise ValueError(
-            f"{k} singular triplets are asked of a matrix of shape {shape}, which has "
-            f"{min(shape)}."
-        )
