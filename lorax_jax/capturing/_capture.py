@@ -147,10 +147,10 @@ class Capture:
         """
         leaves = dict(_paths.flatten(params, is_leaf=is_weight)[0])
         self._check(leaves)
+        mask = None if mask is None else checked_mask(mask)
         bound = self._tapped(stats, params, leaves, mask)
         prepare = None
         if mask is not None:
-            mask = checked_mask(mask)
             inputs = self._followed_from(bound, args, kwargs, jnp.shape(mask))
             prepare = functools.partial(_follow_tokens, inputs, jnp.ndim(mask))
         notes = observe(self.fn, (bound, *args), kwargs, self.options, prepare)

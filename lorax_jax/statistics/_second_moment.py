@@ -42,8 +42,8 @@ class SecondMoment:
     entries are the largest, rows stay above 1. CorDA's factors hardly depend on the
     size of $C$, and uses with larger activations weigh no more than others.
 
-    A use that no row of weight reaches is not counted. Rows whose maximum is 0 give
-    infinity or NaN, and are refused by CorDA.
+    A use that no row of weight reaches is not counted. Rows whose maximum is 0 are left
+    as they are; PEFT divides by it.
 
     A use is one call of `observe`. Where the rows of a use are observed in pieces, in
     a `shard_map`, each piece counts as a use, with a maximum of its own;
