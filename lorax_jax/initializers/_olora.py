@@ -51,9 +51,8 @@ def olora(
     Example:
         >>> w = jnp.array([[3.0, 4.0], [1.0, 0.0]])
         >>> start = olora(w, rank=1, scale=2.0, key=jax.random.key(0))
-        >>> print(abs(start.b).round(2), abs(start.a).round(2))
-        [[0.6 0.8]] [[5. ]
-         [0.6]]
+        >>> [round(abs(float(x)), 2) for x in (*start.b[0], *start.a[:, 0])]
+        [0.6, 0.8, 5.0, 0.6]
 
     References:
         Buyukakyuz, "OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models",

@@ -286,8 +286,8 @@ def test_starts_of_several_names():
             "'method', which is no option",
         ),
         (
-            {"init_lora_weights": "eva", "eva_config": {"whiten": True}},
-            "nothing is known here. Leave it at False",
+            {"init_lora_weights": "eva", "eva_config": {"whiten": 3}},
+            "a `eva_config` that cannot be",
         ),
         ({"init_lora_weights": "eva", "eva_config": 3}, "with 3, which is no option"),
     ],

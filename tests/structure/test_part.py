@@ -66,7 +66,7 @@ def product(a, b, axes):
     )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=50)
 @given(data=st.data())
 def test_laid_factors_make_the_laid_product(data):
     """Zeros around A and around B are zeros around A B, and the part is recovered."""
@@ -88,7 +88,7 @@ def test_laid_factors_make_the_laid_product(data):
         np.testing.assert_array_equal(back.array, factor.array)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=40)
 @given(data=st.data())
 def test_shapes(data):
     part, shape, inputs = some_part(data.draw)
@@ -103,7 +103,7 @@ def test_shapes(data):
         assert not part.fits([n + 1 for n in shape])
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=50)
 @given(st.integers(2, 24), st.data())
 def test_overlaps(size, data):
     """Two parts of an axis, each in a view of its own."""
