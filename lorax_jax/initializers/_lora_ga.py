@@ -222,6 +222,6 @@ def _check(stats: Any, shape: tuple[int, ...], rank: int) -> None:
                     if most > 1
                     else "choose another `init`"
                 )
-                + " for this site, with a rule of its own."
+                + " for this site, e.g. with a rule of its own."
             )
         )
