@@ -13,6 +13,7 @@ import json
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 
 import numpy as np
@@ -109,7 +110,7 @@ def one_side(options):
     run = with_peft if options.side == "peft" else here
     seconds, found = run(options, batches)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    path = f"/tmp/eva_{options.side}_{options.sequences}.npz"
+    path = f"{tempfile.gettempdir()}/eva_{options.side}_{options.sequences}.npz"
     np.savez(path, **found)
     print(json.dumps({"seconds": seconds, "peak_gb": peak, "directions": path}))
 

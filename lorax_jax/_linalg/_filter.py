@@ -142,10 +142,12 @@ def positive(x: jax.Array) -> jax.Array:
 
 
 def dot(x: jax.Array, y: jax.Array) -> jax.Array:
+    """`x @ y` in full float32 on every device."""
     return jnp.dot(x, y, precision=lax.Precision.HIGHEST)
 
 
 def check_count(shape: tuple[int, ...], k: int) -> None:
+    """Raises unless a matrix of this shape has `k` singular triplets."""
     if not 1 <= k <= min(shape):
         raise ValueError(
             f"{k} singular triplets are asked of a matrix of shape {shape}, which has "

@@ -15,9 +15,9 @@ def check_stats(plan: Plan, stats: Mapping[str, Any] | None) -> Mapping[str, Any
     """The statistics that were given, or none.
 
     Raises:
-        PlanError: if a weight whose initializer reads statistics has none, if there
-            are some for a weight that the plan does not adapt, or if their leading
-            axes are not its layers, experts and groups.
+        PlanError: if a weight whose initializer reads statistics has none, if none of
+            those given is of the plan, or if their leading axes are not the weight's
+            layers, experts and groups.
     """
     stats = {} if stats is None else stats
     if not isinstance(stats, Mapping):

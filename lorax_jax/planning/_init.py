@@ -28,9 +28,9 @@ def init(
     model starts the same way whether its layers are stacked or unrolled, alone or with
     other sites, and on one device or many.
 
-    Initializers that read the weight are compiled once for each shape, and run where
-    the weight is. They take its layers and experts one after the other: beside the
-    base, one matrix at a time is held in float32.
+    Initializers that read the weight are compiled once for each shape and rank, and run
+    where the weight is. They take its layers and experts one after the other: beside
+    the base, one matrix at a time is held in float32.
 
     Args:
         plan: where the adapter acts.
@@ -47,8 +47,9 @@ def init(
         their gradients are zero.
 
     Raises:
-        PlanError: if `params` is not the tree of the plan, or `stats` are missing or
-            not of its sites.
+        PlanError: if `params` is not the tree of the plan; if `stats` are missing, not
+            of its sites, of another model, or of too few rows for a rank; or if the
+            factors hold NaN or infinity.
         AdapterError: if `key` is no PRNG key.
 
     Example:

@@ -38,7 +38,7 @@ class MomentsState:
         return self.covariance() + jnp.outer(self.mean, self.mean)
 
     def principal(self, k: int) -> Principal:
-        """The `k` principal directions, exactly: an eigendecomposition."""
+        """The `k` principal directions of the covariance, by `leading`."""
         covariance = self.covariance()
         values, vectors = leading(covariance, k)
         return Principal(vectors, values, jnp.trace(covariance), self.count)

@@ -174,6 +174,7 @@ def _is_array(leaf: Any) -> bool:
 
 
 def is_dynamic(leaf: Any) -> bool:
+    """Whether an argument is traced: an array, a weight or the type of one."""
     return _is_array(leaf) or is_weight(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
 
 

@@ -5,11 +5,13 @@ from ._stretches import Axes, Axis, Lost
 
 
 def dot_general(step: Step) -> list[Axes]:
+    """Free and parallel axes keep their tokens; those that are summed over end."""
     (left, right), (left_batch, right_batch) = step.params["dimension_numbers"]
     return _product(step, left, right, left_batch, right_batch, ())
 
 
 def ragged_dot(step: Step) -> list[Axes]:
+    """The same for rows in groups, each group with a matrix of its own."""
     numbers = step.params["ragged_dot_dimension_numbers"]
     (left, right), (left_batch, right_batch) = numbers.dot_dimension_numbers
     groups = numbers.rhs_group_dimensions
@@ -31,6 +33,7 @@ def _product(step, left, right, left_batch, right_batch, groups) -> list[Axes]:
 
 
 def convolution(step: Step) -> list[Axes]:
+    """The batch keeps its tokens, and so do points that stand for one each."""
     p = step.params
     numbers = p["dimension_numbers"]
     batch, features, *spatial = numbers.lhs_spec
@@ -54,6 +57,7 @@ def convolution(step: Step) -> list[Axes]:
 
 
 def window(step: Step) -> list[Axes]:
+    """A window that does not move keeps the tokens along its axis."""
     p, out = step.params, []
     for i, axis in enumerate(step.axes):
         still = p["window_dimensions"][i] == p["window_strides"][i] == 1
@@ -63,6 +67,7 @@ def window(step: Step) -> list[Axes]:
 
 
 def gather(step: Step) -> list[Axes]:
+    """The tokens of the indices, and those along what they leave of the table."""
     numbers, sizes = step.params["dimension_numbers"], step.params["slice_sizes"]
     table, indices = step.axes, step.operands[1][:-1]
     shared = dict(
