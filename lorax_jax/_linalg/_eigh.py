@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ._filter import check_count, dot, invariant, oversampling, rotated, sized
+from ._filter import invariant, rotated
+from ._products import check_count, dot, oversampling, sized
 
 # `eigh_top` goes on until each |G x - t x| is below this share of its own t.
 RELATIVE = 1e-4
@@ -48,7 +49,7 @@ def _eigh_top(k: int):
             values, vectors = jnp.linalg.eigh(matrix, symmetrize_input=False)
             return values[::-1][:k] * size, vectors[:, ::-1][:, :k]
         block = invariant(matrix, width, k, RELATIVE)
-        ritz = rotated(lambda x: dot(x, matrix), block)
-        return ritz.values[:k] * size, ritz.block[:k].T
+        ritz = rotated(lambda x: dot(matrix, x), block)
+        return ritz.values[:k] * size, ritz.block[:, :k]
 
     return decompose

@@ -1,7 +1,7 @@
 """Leading invariant subspaces by Chebyshev filters, made of matrix products.
 
-Blocks of vectors lie on their side here, `(width, m)`: so products with them are
-fastest.
+Blocks of vectors are their columns, `(m, width)`: a matrix times a tall block is what
+every device multiplies fastest.
 """
 
 import math
@@ -11,6 +11,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from ._products import dot, orthonormal, positive
 
 # `svd_top` iterates until |G x - t x| is below this share of the largest eigenvalue t
 # of the Gram matrix G: under a hundred roundings of float32.
@@ -23,11 +25,6 @@ _DEGREE = 12
 _ROUNDS = 40
 
 
-def oversampling(k: int) -> int:
-    """How many columns more than `k` the blocks of this file have."""
-    return max(k, 8)
-
-
 def invariant(gram: jax.Array, width: int, k: int, relative: float = 0.0) -> jax.Array:
     """A block that spans the `k` leading eigenvectors of a Gram matrix.
 
@@ -37,11 +34,11 @@ def invariant(gram: jax.Array, width: int, k: int, relative: float = 0.0) -> jax
     last = 16 * jnp.finfo(jnp.float32).eps if relative else TOLERANCE
 
     def times(x):
-        return dot(x, gram)
+        return dot(gram, x)
 
     def going_on(state):
         ritz, rounds = state
-        apart = jnp.linalg.norm(ritz.image - ritz.block * ritz.values[:, None], axis=1)
+        apart = jnp.linalg.norm(ritz.image - ritz.block * ritz.values[None], axis=0)
         near = jnp.maximum(relative * ritz.values[:k], last * ritz.values[0])
         return jnp.any(apart[:k] > near) & (rounds < _ROUNDS)
 
@@ -50,23 +47,10 @@ def invariant(gram: jax.Array, width: int, k: int, relative: float = 0.0) -> jax
         block = _filtered(times, ritz, _degree(ritz, k))
         return rotated(times, orthonormal(orthonormal(block))), rounds + 1
 
-    start = jax.random.normal(jax.random.key(0), (width, gram.shape[0]), jnp.float32)
+    start = jax.random.normal(jax.random.key(0), (gram.shape[0], width), jnp.float32)
     first = rotated(times, orthonormal(orthonormal(times(start))))
     ritz, _ = lax.while_loop(going_on, once, (first, jnp.zeros((), jnp.int32)))
     return ritz.block
-
-
-def powered(times: Callable, block: jax.Array, k: int, applications: int) -> jax.Array:
-    """The block after a polynomial of degree `applications` in a Gram matrix."""
-
-    def once(state):
-        block, left = state
-        ritz = rotated(times, block)
-        degree = jnp.minimum(_degree(ritz, k), left)
-        return orthonormal(_filtered(times, ritz, degree)), left - degree
-
-    first = orthonormal(times(block)), jnp.asarray(applications - 1, jnp.int32)
-    return lax.while_loop(lambda state: state[1] > 0, once, first)[0]
 
 
 class Ritz(NamedTuple):
@@ -80,9 +64,9 @@ class Ritz(NamedTuple):
 def rotated(times: Callable, block: jax.Array) -> Ritz:
     """The Ritz vectors in the span of an orthonormal block, leading ones first."""
     image = times(block)
-    values, vectors = jnp.linalg.eigh(dot(block, image.T))
-    turn = vectors[:, ::-1].T
-    return Ritz(dot(turn, block), dot(turn, image), values[::-1])
+    values, vectors = jnp.linalg.eigh(dot(block.T, image))
+    turn = vectors[:, ::-1]
+    return Ritz(dot(block, turn), dot(image, turn), values[::-1])
 
 
 def _damped(values: jax.Array) -> jax.Array:
@@ -116,40 +100,3 @@ def _filtered(times: Callable, ritz: Ritz, degree: jax.Array) -> jax.Array:
 
     second = (ritz.image / half - ritz.block) * first
     return lax.fori_loop(1, degree, step, (ritz.block, second, first))[1]
-
-
-def orthonormal(x: jax.Array) -> jax.Array:
-    """Nearly orthonormal rows with the span of `x`'s; zero rows where it has less.
-
-    Through eigenvectors of the small Gram matrix, which takes products where a QR
-    decomposition is sequential. Twice makes them orthonormal to the last digit.
-    """
-    x = x / positive(jnp.linalg.norm(x, axis=1, keepdims=True))
-    values, vectors = jnp.linalg.eigh(dot(x, x.T))
-    there = values > jnp.finfo(jnp.float32).eps * len(values) * values[-1]
-    return dot((vectors * jnp.where(there, lax.rsqrt(positive(values)), 0)[None]).T, x)
-
-
-def sized(w: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The matrix with entries up to 1, whose squares are numbers, and its size."""
-    size = positive(jnp.abs(w).max())
-    return w / size, size
-
-
-def positive(x: jax.Array) -> jax.Array:
-    """`x`, or 1 where it is not positive: a divisor."""
-    return jnp.where(x > 0, x, 1)
-
-
-def dot(x: jax.Array, y: jax.Array) -> jax.Array:
-    """`x @ y` in full float32 on every device."""
-    return jnp.dot(x, y, precision=lax.Precision.HIGHEST)
-
-
-def check_count(shape: tuple[int, ...], k: int) -> None:
-    """Raises unless a matrix of this shape has `k` singular triplets."""
-    if not 1 <= k <= min(shape):
-        raise ValueError(
-            f"{k} singular triplets are asked of a matrix of shape {shape}, which has "
-            f"{min(shape)}."
-        )

@@ -6,22 +6,22 @@ block, and decompositions no wider than the block.
 """
 
 import functools
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float
 
-from ._filter import (
+from ._filter import invariant
+from ._products import (
+    Products,
     check_count,
     dot,
-    invariant,
     orthonormal,
     oversampling,
     positive,
-    powered,
+    products,
     sized,
 )
 
@@ -89,78 +89,6 @@ def svd_top(w: Float[Array, "n m"], k: int) -> Svd:
     return _svd_top(k)(w)
 
 
-def svd_random(
-    w: Float[Array, "n m"], k: int, *, iterations: int, key: PRNGKeyArray
-) -> Svd:
-    r"""`k` leading singular triplets, about: randomized, in a fixed number of passes.
-
-    A Gaussian block of `k + p` columns, `p = oversampling(k)`, goes through
-    $W p(W^\top W)$, with a polynomial of degree `iterations`: one power, then Chebyshev
-    polynomials that are small where the block's own Ritz values say that nothing is
-    wanted (as in `svd_top`). The basis $Q$ that it ends in has, in expectation,
-
-    $$\lVert W - Q Q^\top W \rVert_2 \le \Bigl[ 1 + \rho \Bigl( \sqrt{\tfrac{k}{p - 1}}
-      + \tfrac{e \sqrt{k + p}}{p} \sqrt{\min(n, m) - k} \Bigr) \Bigr] s_{k + 1} ,
-      \qquad \rho = \max_{j > k} \left| \frac{p(s_j^2)}{p(s_k^2)} \right| \le 1 ,$$
-
-    (Halko, Martinsson and Tropp, Theorem 9.1 and Corollary 10.10's proof), and keeping
-    only `k` directions of $Q$ adds $s_{k+1}$ at most. `random_error` gives the bound.
-    What was lost is known afterwards, to the digit:
-    $\lVert W - U S V^\top \rVert_F^2 = \lVert W \rVert_F^2 - \sum_i s_i^2$.
-
-    At equal `iterations` plain power iteration needs the same $2 q + 2$ passes through
-    `w`; its filter grows with the power of $s_k / s_{k+p}$ that this one's grows with
-    the exponential of.
-
-    Args:
-        w: the matrix, any floating dtype; computed in float32 at the highest precision.
-        k: how many, at most `min(n, m)`.
-        iterations: the degree of $p$, from 0 up.
-        key: PRNG key of the block.
-
-    Returns:
-        `Svd(u, s, v)`, float32. `u` and `v` are orthonormal up to rounding where no
-        singular value is zero; vectors of those that are zero are zero.
-
-    Raises:
-        ValueError: if `k` exceeds `min(n, m)`, or `iterations` is negative.
-
-    Example:
-        >>> w = jnp.diag(jnp.array([9.0, 1.0, 2.0]))
-        >>> svd_random(w, 1, iterations=2, key=jax.random.key(0)).s.round(3).tolist()
-        [9.0]
-
-    References:
-        Halko, Martinsson and Tropp, "Finding structure with randomness", 2011.
-        https://arxiv.org/abs/0909.4061
-    """
-    check_count(w.shape, k)
-    if iterations < 0:
-        raise ValueError(f"`iterations` = {iterations}; a number from 0 up is meant.")
-    return _svd_random(k, iterations)(w, key)
-
-
-def random_error(n: int, m: int, k: int, ratio: float = 1.0) -> float:
-    r"""Bound of `svd_random`'s expected spectral error, in multiples of the best one's.
-
-    Args:
-        n, m: the matrix's shape.
-        k: how many triplets.
-        ratio: the $\rho$ of `svd_random`; 1 for `iterations=0`.
-
-    >>> round(random_error(1024, 1024, 16), 1)
-    33.5
-    >>> round(random_error(1024, 1024, 16, ratio=0.01), 1)
-    2.3
-    """
-    p = min(oversampling(k), min(n, m) - k)
-    if p < 2:
-        return 1.0  # the block spans everything
-    rest = math.sqrt(min(n, m) - k)
-    spread = math.sqrt(k / (p - 1)) + math.e * math.sqrt(k + p) / p * rest
-    return 2 + ratio * spread
-
-
 def residual(w: Float[Array, "n m"], found: Svd) -> Float[Array, ""]:
     r"""How far triplets are from being singular: $\max(\lVert W v - s u \rVert,
     \lVert W^\top u - s v \rVert) / s_1$.
@@ -173,8 +101,9 @@ def residual(w: Float[Array, "n m"], found: Svd) -> Float[Array, ""]:
     True
     """
     w = w.astype(jnp.float32)
-    right = dot(w, found.v) - found.u * found.s[None]
-    left = dot(found.u.T, w).T - found.v * found.s[None]
+    times, turned = products(w)
+    right = times(found.v) - found.u * found.s[None]
+    left = turned(found.u) - found.v * found.s[None]
     worst = jnp.maximum(
         jnp.linalg.norm(right, axis=0).max(), jnp.linalg.norm(left, axis=0).max()
     )
@@ -201,42 +130,19 @@ def captured(w: Float[Array, "n m"], found: Svd) -> Float[Array, ""]:
 def _svd_top(k: int):
     @jax.custom_batching.sequential_vmap
     def decompose(w):
-        w = w.astype(jnp.float32)
-        n, m = w.shape
-        if n < m:
-            return _turned(decompose(w.T))
-        w, size = sized(w)
-        width = k + oversampling(k)
-        if 4 * width >= 3 * m:
+        w, size = sized(w.astype(jnp.float32))
+        small, width = min(w.shape), k + oversampling(k)
+        if 4 * width >= 3 * small:
             return _times(_full(w, k), size)
-        gram = dot(w.T, w)  # (m, m)
-        if 3 * width >= m:
-            block = jnp.linalg.eigh(gram)[1][:, m - width :].T
+        gram = dot(w.T, w) if w.shape[1] == small else dot(w, w.T)
+        if 3 * width >= small:
+            block = jnp.linalg.eigh(gram)[1][:, small - width :]
         else:
             block = invariant(gram, width, k)
-        found = _within(w, block, k)
+        found = within(products(w), w.shape, block, k)
         exact = (residual(w, found) <= ACCEPTED) & _complete(found)
         found = lax.cond(exact, lambda w: found, lambda w: _full(w, k), w)
         return _times(found, size)
-
-    return decompose
-
-
-@functools.cache
-def _svd_random(k: int, iterations: int):
-    @jax.custom_batching.sequential_vmap
-    def decompose(w, key):
-        w = w.astype(jnp.float32)
-        n, m = w.shape
-        if n < m:
-            return _turned(decompose(w.T, key))
-        w, size = sized(w)
-        width = min(k + oversampling(k), m)
-        block = jax.random.normal(key, (width, m), jnp.float32)
-        if iterations:
-            block = powered(lambda x: dot(dot(x, w.T), w), block, k, iterations)
-        left = orthonormal(orthonormal(dot(block, w.T)))  # (width, n)
-        return _times(_turned(_within(w.T, left, k)), size)
 
     return decompose
 
@@ -250,17 +156,22 @@ def _full(w: jax.Array, k: int) -> Svd:
     return _signed(Svd(u[:, :k], s[:k], vt[:k].T))
 
 
-def _within(w: jax.Array, block: jax.Array, k: int) -> Svd:
-    """The best triplets with right vectors in the span of `block`, `(width, m)`."""
-    image = dot(block, w.T)  # (width, n)
-    left = orthonormal(orthonormal(image))
-    u, s, vt = jnp.linalg.svd(dot(left, image.T))
-    return _signed(Svd(dot(u[:, :k].T, left).T, s[:k], dot(vt[:k], block).T))
+def within(both: Products, shape: tuple[int, int], block: jax.Array, k: int) -> Svd:
+    """The best triplets whose vectors of the smaller side lie in the span of a block.
 
-
-def _turned(found: Svd) -> Svd:
-    """Of the transposed matrix."""
-    return _signed(Svd(found.v, found.s, found.u))
+    Args:
+        both: products with the matrix.
+        shape: its shape, `(n, m)`.
+        block: orthonormal columns, shape `(min(n, m), width)`.
+        k: how many triplets, at most `width`.
+    """
+    image = both.upright(shape).times(block)  # (max(n, m), width)
+    basis = orthonormal(orthonormal(image))
+    u, s, vt = jnp.linalg.svd(dot(basis.T, image))
+    larger, smaller = dot(basis, u[:, :k]), dot(block, vt[:k].T)
+    tall = shape[0] >= shape[1]
+    sides = (larger, smaller) if tall else (smaller, larger)
+    return _signed(Svd(sides[0], s[:k], sides[1]))
 
 
 def _complete(found: Svd) -> jax.Array:

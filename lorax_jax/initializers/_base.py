@@ -36,7 +36,8 @@ class Initializer(Protocol):
     What it gets depends on what it was registered to read: of `"shape"`, `weight` is
     the weight's type in place of the array, so that a large or sharded base is not
     touched; of `"weight"`, it is the array, in the base's dtype; of `"stats"`, the
-    array too, and `stats` is the state of a statistic of this site's layer.
+    array too, and `stats` is the state of a statistic of this site's layer. To those
+    that read more than the shape, `scale` is a traced number.
     """
 
     def __call__(
@@ -44,7 +45,7 @@ class Initializer(Protocol):
         weight: Float[Array, "d_in d_out"] | jax.ShapeDtypeStruct,
         *,
         rank: int,
-        scale: float,
+        scale: float | Float[Array, ""],
         key: PRNGKeyArray,
         stats: Any = None,
     ) -> Start: ...
@@ -64,6 +65,9 @@ class Method:
             `GradientFactors` of one that reads gradients.
         multiple: what the rank must be a multiple of.
         lookup: what starts an embedding table instead; `None` takes `start`.
+        nested: whether the factors of a rank are the first columns of A, and rows of
+            B, of those of every larger one. Layers and weights of one shape are then
+            started at the largest of their ranks, by one program, and cut.
         options: the type of its options. `init` may be an instance instead of a name,
             and the initializer takes it as its keyword `options`.
     """
@@ -74,6 +78,7 @@ class Method:
     stat: Any = None
     multiple: int = 1
     lookup: Callable[..., Start] | None = None
+    nested: bool = False
     options: type | None = None
 
     def given(self, options: Any) -> "Method":

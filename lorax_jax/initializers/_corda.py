@@ -74,7 +74,7 @@ def corda(
     weight: Float[Array, "d_in d_out"],
     *,
     rank: int,
-    scale: float,
+    scale: float | Float[Array, ""],
     key: PRNGKeyArray,
     stats: Any = None,
     options: Corda = Corda(),
@@ -158,7 +158,7 @@ def corda_kpm(
     weight: Float[Array, "d_in d_out"],
     *,
     rank: int,
-    scale: float,
+    scale: float | Float[Array, ""],
     key: PRNGKeyArray,
     stats: Any = None,
 ) -> Start:

@@ -13,7 +13,7 @@ def embedding(
     weight: Float[Array, "rows d_out"] | jax.ShapeDtypeStruct,
     *,
     rank: int,
-    scale: float,
+    scale: float | Float[Array, ""],
     key: PRNGKeyArray,
     stats: Any = None,
     zero: bool = True,

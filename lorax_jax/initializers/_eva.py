@@ -44,12 +44,12 @@ register_options(
 )
 
 
-@register("eva", reads="stats", stat=Moments(), options=Eva)
+@register("eva", reads="stats", stat=Moments(), nested=True, options=Eva)
 def eva(
     weight: Float[Array, "d_in d_out"] | jax.ShapeDtypeStruct,
     *,
     rank: int,
-    scale: float,
+    scale: float | Float[Array, ""],
     key: PRNGKeyArray,
     stats: Any = None,
     options: Eva = Eva(),

@@ -88,7 +88,7 @@ def lora_ga(
     weight: Float[Array, "d_in d_out"] | jax.ShapeDtypeStruct,
     *,
     rank: int,
-    scale: float,
+    scale: float | Float[Array, ""],
     key: PRNGKeyArray,
     stats: Any = None,
     options: LoraGa = LoraGa(),

@@ -14,7 +14,7 @@ def mica(
     weight: Float[Array, "d_in d_out"],
     *,
     rank: int,
-    scale: float,
+    scale: float | Float[Array, ""],
     key: PRNGKeyArray,
     stats: Any = None,
 ) -> Start:

@@ -9,12 +9,12 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from ._base import Start, register
 
 
-@register("olora", reads="weight")
+@register("olora", reads="weight", nested=True)
 def olora(
     weight: Float[Array, "d_in d_out"],
     *,
     rank: int,
-    scale: float,
+    scale: float | Float[Array, ""],
     key: PRNGKeyArray,
     stats: Any = None,
 ) -> Start:

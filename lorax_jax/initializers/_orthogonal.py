@@ -14,7 +14,7 @@ def orthogonal(
     weight: Float[Array, "d_in d_out"] | jax.ShapeDtypeStruct,
     *,
     rank: int,
-    scale: float,
+    scale: float | Float[Array, ""],
     key: PRNGKeyArray,
     stats: Any = None,
 ) -> Start:

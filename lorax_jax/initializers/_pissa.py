@@ -9,12 +9,12 @@ from .._linalg import Svd, svd_random, svd_top
 from ._base import Start, family, register
 
 
-@register("pissa", reads="weight")
+@register("pissa", reads="weight", nested=True)
 def pissa(
     weight: Float[Array, "d_in d_out"],
     *,
     rank: int,
-    scale: float,
+    scale: float | Float[Array, ""],
     key: PRNGKeyArray,
     stats: Any = None,
 ) -> Start:
@@ -65,7 +65,7 @@ def pissa_niter(
     weight: Float[Array, "d_in d_out"],
     *,
     rank: int,
-    scale: float,
+    scale: float | Float[Array, ""],
     key: PRNGKeyArray,
     stats: Any = None,
     n: int = 4,
@@ -110,7 +110,7 @@ def pissa_niter(
     return _principal(svd_random(weight, rank, iterations=n, key=key), scale)
 
 
-def _principal(found: Svd, scale: float) -> Start:
+def _principal(found: Svd, scale: float | Float[Array, ""]) -> Start:
     """Factors whose product, times `scale`, is the truncated decomposition."""
     root = jnp.sqrt(found.s / scale)
     a, b = found.u * root[None], root[:, None] * found.v.T

@@ -17,7 +17,7 @@ def random(
     weight: Float[Array, "d_in d_out"] | jax.ShapeDtypeStruct,
     *,
     rank: int,
-    scale: float,
+    scale: float | Float[Array, ""],
     key: PRNGKeyArray,
     stats: Any = None,
 ) -> Start:

@@ -1,5 +1,6 @@
 """`init`: from a plan to the starting adapter."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from .._errors import PlanError
 from ..adapters import Adapter, Fixed, as_key, is_weight
 from ._check_started import check_started
 from ._check_stats import check_stats
+from ._draw import draw, ranks_in_common
 from ._plan import Plan
 from ._start import start
 from ._witness import check_witness
@@ -28,9 +30,10 @@ def init(
     model starts the same way whether its layers are stacked or unrolled, alone or with
     other sites, and on one device or many.
 
-    Initializers that read the weight are compiled once for each shape and rank, and run
-    where the weight is. They take its layers and experts one after the other: beside
-    the base, one matrix at a time is held in float32.
+    Initializers that read the weight are compiled once for each shape, and once more
+    for each rank where the directions of one rank are not the first ones of a larger.
+    They run where the weight is, and take its layers and experts one after the other:
+    beside the base, one matrix of it at a time is held in float32.
 
     Args:
         plan: where the adapter acts.
@@ -70,6 +73,7 @@ def init(
     key = as_key(key, "`init(..., key=)`")
     seen = getattr(stats, "witness", {})
     stats = check_stats(plan, stats)
+    common = ranks_in_common(plan.slots, stats)
     train, fixed = {}, {}
     for slot in plan.slots:
         if shapes.get(slot.role.path) != slot.shape:
@@ -81,9 +85,15 @@ def init(
         leaf, dtype = leaves[slot.role.path], plan.config.dtype
         if slot.name in seen:
             check_witness(slot.name, leaf, seen[slot.name])
-        train[slot.name], more = start(slot, leaf, key, dtype, stats.get(slot.name))
+        given = key, dtype, stats.get(slot.name), common[slot.name]
+        drawn = functools.partial(draw, slot, leaf, *given)
+        train[slot.name], more = start(slot, leaf, dtype, drawn)
         fixed[slot.name] = Fixed(slot.role, more)
-        factors = {n: x for n, x in {**more, **train[slot.name]}.items() if n in "ab"}
+    # At the end: to look at one leaf's factors is to wait for them, and all can be made
+    # at the same time.
+    for slot in plan.slots:
+        arrays = {**fixed[slot.name], **train[slot.name]}
+        factors = {n: x for n, x in arrays.items() if n in "ab"}
         if factors:
             check_started(slot, factors, stats.get(slot.name))
     return Adapter(train, fixed)

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PRNGKeyArray
 
 from ..adapters import (
     Fixed,
@@ -19,29 +18,28 @@ from ..adapters import (
 )
 from ..adapters import Site as BoundSite
 from ..structure import Factor
-from ._draw import draw
 from ._sites import Slot
 
 Start = tuple[dict[str, jax.Array], dict[str, jax.Array]]
 
 
-def start(
-    slot: Slot, leaf: Any, key: PRNGKeyArray, dtype: Any, stats: Any = None
-) -> Start:
+Drawn = Callable[[], dict[str, jax.Array]]
+
+
+def start(slot: Slot, leaf: Any, dtype: Any, drawn: Drawn) -> Start:
     """The arrays that are trained, and those that are kept beside them.
 
     Args:
         slot: what is to be adapted.
         leaf: the weight there.
-        key: PRNG key, the same for all slots.
         dtype: storage dtype of what is trained.
-        stats: the state of a statistic, where an initializer reads one.
+        drawn: gives A and B as their initializers start them, for kinds that have them.
     """
-    return _START[slot.role.kind](slot, leaf, key, dtype, stats)
+    return _START[slot.role.kind](slot, leaf, dtype, drawn)
 
 
-def _lora(slot: Slot, leaf: Any, key: PRNGKeyArray, dtype: Any, stats: Any) -> Start:
-    train, fixed = draw(slot, leaf, key, dtype, stats), _fixed(slot)
+def _lora(slot: Slot, leaf: Any, dtype: Any, drawn: Drawn) -> Start:
+    train, fixed = drawn(), _fixed(slot)
     for name in ("a0", "b0"):
         if name in train:
             fixed[name] = train.pop(name)
@@ -52,9 +50,9 @@ def _lora(slot: Slot, leaf: Any, key: PRNGKeyArray, dtype: Any, stats: Any) -> S
     return train, fixed
 
 
-def _dora(slot: Slot, leaf: Any, key: PRNGKeyArray, dtype: Any, stats: Any) -> Start:
+def _dora(slot: Slot, leaf: Any, dtype: Any, drawn: Drawn) -> Start:
     """The magnitudes start as the norms of the starting columns, so the gain is 1."""
-    train, fixed = _lora(slot, leaf, key, dtype, stats)
+    train, fixed = _lora(slot, leaf, dtype, drawn)
     leaf = on_device(leaf)
     fixed["norm"] = base_norm(leaf, slot.role)
     norm = _started(leaf, train, fixed, slot.role)
@@ -70,9 +68,9 @@ def _started(weight: Any, train: Any, fixed: Any, role: Role) -> jax.Array:
     return column_norm(weight, a, b, fixed["scale"], fixed["norm"], role)
 
 
-def _whole(slot: Slot, leaf: Any, key: PRNGKeyArray, dtype: Any, stats: Any) -> Start:
+def _whole(slot: Slot, leaf: Any, dtype: Any, drawn: Drawn) -> Start:
     """The copy starts as the leaf."""
-    del key, stats
+    del drawn
     leaf = leaf.dense() if is_weight(leaf) else leaf
     if len(slot.adapted) == len(slot.sites):
         return {"whole": _copy(leaf, dtype)}, {}
@@ -81,9 +79,9 @@ def _whole(slot: Slot, leaf: Any, key: PRNGKeyArray, dtype: Any, stats: Any) -> 
     return {"whole": _copy(whole, dtype)}, {"layers": layers}
 
 
-def _rows(slot: Slot, leaf: Any, key: PRNGKeyArray, dtype: Any, stats: Any) -> Start:
+def _rows(slot: Slot, leaf: Any, dtype: Any, drawn: Drawn) -> Start:
     """The rows start as those of the table."""
-    del key, stats
+    del drawn
     ids = jnp.asarray(slot.ids, jnp.int32)
     dense = leaf.dense() if is_weight(leaf) else leaf
     rows = jnp.take(dense, ids, axis=slot.role.inputs[0])
