@@ -9,7 +9,8 @@ First that both sides found the same: products of the exact factors, and of each
 the share of the best rank-16 energy that its factors hold (in the randomized case
 PEFT's block has no columns to spare). Then time, both sides in turns; compilation
 apart. With `--model`, the same shares for every linear weight of a folder of Hugging
-Face's, e.g. SmolLM2-135M: the smallest over all, for each number of iterations.
+Face's, e.g. SmolLM2-135M: the smallest over all, for each number of iterations; and
+the time of both sides for all of them. Both run on the GPU where JAX has one.
 
     python benchmarks/decompositions.py [--rounds 3] [--model DIR] [--save NAME]
 """
@@ -26,13 +27,16 @@ from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
 from safetensors.torch import load_file
 from timing import machine, median, save
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import lorax_jax as lj
+from lorax_jax import models
 from lorax_jax._linalg import residual, svd_random, svd_top
 
 RANK, ALPHA, LAYERS, WIDTH, FFN = 16, 32, 4, 1024, 2816
-ITERATIONS = (1, 2, 4, 6, 8)
+ITERATIONS = (1, 2, 3, 4, 5, 6)
+THEIR_ITERATIONS = (4, 8, 16, 32)
+TORCH = "cuda" if jax.default_backend() == "gpu" else "cpu"
 
 
 def theirs():
@@ -52,20 +56,22 @@ def theirs():
 def linear_weights(model):
     """Their linear layers' weights as kernels: path -> `(d_in, d_out)`."""
     return {
-        name: jnp.asarray(module.weight.detach().numpy().T)
+        name: jnp.asarray(module.weight.detach().cpu().numpy().T)
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and name != "lm_head"
     }
 
 
-def started(init):
+def started(init, model):
     """PEFT's model with this initialization, and the seconds that it took."""
-    model = theirs()
+    model = model.to(TORCH)
     config = PeftConfig(
         r=RANK, lora_alpha=ALPHA, target_modules="all-linear", init_lora_weights=init
     )
     start = time.perf_counter()
     peft = get_peft_model(model, config)
+    if TORCH == "cuda":
+        torch.cuda.synchronize()
     return peft, time.perf_counter() - start
 
 
@@ -106,7 +112,7 @@ def against_peft(init, params, best, rounds):
     seconds: dict[str, list[float]] = {"peft": [], "lorax_jax": []}
     adapter = peft = None
     for _ in range(rounds):
-        peft, took = started(init)
+        peft, took = started(init, theirs())
         seconds["peft"].append(took)
         adapter, took = begun(plan, params)
         seconds["lorax_jax"].append(took)
@@ -115,7 +121,7 @@ def against_peft(init, params, best, rounds):
     their_a, apart = {}, 0.0
     for path in params:
         down, up = (
-            getattr(modules[path], name)["default"].weight.detach().numpy()
+            getattr(modules[path], name)["default"].weight.detach().cpu().numpy()
             for name in ("lora_A", "lora_B")
         )
         their_a[path] = down.T
@@ -149,8 +155,8 @@ def errors(params):
     return worst
 
 
-def of_folder(folder):
-    """The smallest captured share over all linear weights of a saved model."""
+def of_folder(folder, rounds):
+    """All linear weights of a saved model: the smallest shares, and what it takes."""
     tensors = load_file(Path(folder) / "model.safetensors")
     weights = [
         jnp.asarray(value.float().numpy())
@@ -158,22 +164,41 @@ def of_folder(folder):
         if value.ndim == 2 and "layers." in name
     ]
     smallest: dict[str, float] = {}
-    for i, w in enumerate(weights):
-        best = best_energy(w)
-        found = {
-            f"pissa_niter_{n}": svd_random(
-                w, RANK, iterations=n, key=jax.random.fold_in(jax.random.key(0), i)
-            )
-            for n in ITERATIONS
-        } | {"pissa": svd_top(w, RANK)}
-        for name, one in found.items():
-            share = float(jnp.sum((one.u.T @ w) ** 2)) / best
-            smallest[name] = min(share, smallest.get(name, 2.0))
-        left = torch.svd_lowrank(torch.from_numpy(np.asarray(w)), RANK, niter=4)[0]
-        share = float(np.sum((left.numpy().T @ np.asarray(w)) ** 2)) / best
-        name = "torch.svd_lowrank(niter=4)"
+
+    def seen(name, left, w, best):
+        share = float(np.sum((np.asarray(left).T @ np.asarray(w)) ** 2)) / best
         smallest[name] = min(share, smallest.get(name, 2.0))
-    return {"weights": len(weights), "smallest_share": smallest}
+
+    for i, w in enumerate(weights):
+        best, key = best_energy(w), jax.random.fold_in(jax.random.key(0), i)
+        for n in ITERATIONS:
+            found = svd_random(w, RANK, iterations=n, key=key)
+            seen(f"pissa_niter_{n}", found.u, w, best)
+        seen("pissa", svd_top(w, RANK).u, w, best)
+        for n in THEIR_ITERATIONS:
+            left = torch.svd_lowrank(torch.from_numpy(np.asarray(w)), RANK, niter=n)[0]
+            seen(f"PEFT's pissa_niter_{n}", left.numpy(), w, best)
+    seconds: dict[str, list[float]] = {}
+    model, params = models.load(folder, dtype="float32", scan_layers=True)
+    plans = {}
+    for init in ["pissa", *(f"pissa_niter_{n}" for n in ITERATIONS)]:
+        config = lj.LoraConfig("all-linear", rank=RANK, alpha=ALPHA, init=init)
+        ids = jax.ShapeDtypeStruct((1, 8), "int32")
+        plans[init] = lj.plan(config, params, model.apply, (ids,))
+        seconds[f"{init}, first call"] = [begun(plans[init], params)[1]]
+    for _ in range(rounds):
+        for init, plan in plans.items():
+            seconds.setdefault(init, []).append(begun(plan, params)[1])
+        for n in THEIR_ITERATIONS:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            took = started(f"pissa_niter_{n}", model)[1]
+            seconds.setdefault(f"PEFT's pissa_niter_{n}", []).append(took)
+    return {
+        "weights": len(weights),
+        "smallest_share": smallest,
+        "seconds": {name: median(values) for name, values in seconds.items()},
+        "all_seconds": seconds,
+    }
 
 
 def main():
@@ -206,8 +231,11 @@ def main():
     }
     print("against PEFT's pissa_niter_4:", results["times_faster_than_peft_niter_4"])
     if args.model:
-        results["model"] = of_folder(args.model)
-        print(results["model"])
+        found = results["model"] = of_folder(args.model, args.rounds)
+        print(f"{found['weights']} weights of {args.model}:")
+        for name, took in found["seconds"].items():
+            held = found["smallest_share"].get(name)
+            print(f"  {name:28} {took:6.2f} s" + (f", {held:.4f}" if held else ""))
     print(machine())
     if args.save:
         print(save(args.save, results))
