@@ -90,9 +90,10 @@ def begun(plan, params):
 
 
 def best_energy(w):
-    """The largest energy that `RANK` directions hold, by LAPACK, in full."""
-    values = np.linalg.svd(np.asarray(w), compute_uv=False)
-    return float(np.sum(values[:RANK].astype(np.float64) ** 2))
+    """The largest energy that `RANK` directions hold, by LAPACK, in float64."""
+    dense = np.asarray(w, np.float64)
+    gram = dense.T @ dense if dense.shape[0] >= dense.shape[1] else dense @ dense.T
+    return float(np.linalg.eigvalsh(gram)[-RANK:].sum())
 
 
 def shares(params, products, best):
@@ -169,12 +170,17 @@ def of_folder(folder, rounds):
         share = float(np.sum((np.asarray(left).T @ np.asarray(w)) ** 2)) / best
         smallest[name] = min(share, smallest.get(name, 2.0))
 
+    top = jax.jit(lambda w: svd_top(w, RANK).u)
+    random = jax.jit(
+        lambda w, key: {
+            n: svd_random(w, RANK, iterations=n, key=key).u for n in ITERATIONS
+        }
+    )
     for i, w in enumerate(weights):
-        best, key = best_energy(w), jax.random.fold_in(jax.random.key(0), i)
-        for n in ITERATIONS:
-            found = svd_random(w, RANK, iterations=n, key=key)
-            seen(f"pissa_niter_{n}", found.u, w, best)
-        seen("pissa", svd_top(w, RANK).u, w, best)
+        best = best_energy(w)
+        for n, left in random(w, jax.random.fold_in(jax.random.key(0), i)).items():
+            seen(f"pissa_niter_{n}", left, w, best)
+        seen("pissa", top(w), w, best)
         for n in THEIR_ITERATIONS:
             left = torch.svd_lowrank(torch.from_numpy(np.asarray(w)), RANK, niter=n)[0]
             seen(f"PEFT's pissa_niter_{n}", left.numpy(), w, best)

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 
@@ -29,6 +30,9 @@ def parsed():
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--side", choices=("covariance", "settle", "peft"))
+    parser.add_argument(
+        "--resume", action="store_true", help="take what a run that was stopped found"
+    )
     parser.add_argument("--save", metavar="NAME")
     return parser.parse_args()
 
@@ -110,9 +114,15 @@ def one_side(options):
     run = with_peft if options.side == "peft" else here
     seconds, found = run(options, batches)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    path = f"{tempfile.gettempdir()}/eva_{options.side}_{options.sequences}.npz"
-    np.savez(path, **found)
-    print(json.dumps({"seconds": seconds, "peak_gb": peak, "directions": path}))
+    np.savez(place(options.side, options.sequences, "npz"), **found)
+    place(options.side, options.sequences, "json").write_text(
+        json.dumps({"seconds": seconds, "peak_gb": peak})
+    )
+
+
+def place(side, sequences, suffix):
+    """Where a side keeps what it found."""
+    return Path(tempfile.gettempdir()) / f"eva_{side}_{sequences}.{suffix}"
 
 
 def within(one, other):
@@ -132,17 +142,13 @@ def main():
         for side in sides if sequences == options.sequences else sides[:2]:
             shown = ["--model", options.model, "--side", side]
             shown += ["--sequences", str(sequences), "--length", str(options.length)]
-            done = subprocess.run(
-                [sys.executable, __file__, *shown],
-                capture_output=True,
-                text=True,
-                check=True,
-            )
-            found = json.loads(done.stdout.splitlines()[-1])
-            result[f"{side} {sequences}"] = found
+            kept = place(side, sequences, "json")
+            if not (options.resume and kept.exists()):
+                subprocess.run([sys.executable, __file__, *shown], check=True)
+            result[f"{side} {sequences}"] = found = json.loads(kept.read_text())
             print(side, sequences, found, flush=True)
     exact, theirs = (
-        np.load(result[f"{side} {options.sequences}"].pop("directions"))
+        np.load(place(side, options.sequences, "npz"))
         for side in ("covariance", "peft")
     )
     few = {name: min(len(theirs[name]), 8) for name in theirs.files}
