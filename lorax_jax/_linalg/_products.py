@@ -51,7 +51,12 @@ def orthonormal(x: jax.Array) -> jax.Array:
 
     Twice makes them orthonormal to the last digit.
     """
-    return independent(x / positive(jnp.linalg.norm(x, axis=0, keepdims=True)))
+    return independent(unit(x))
+
+
+def unit(x: jax.Array) -> jax.Array:
+    """The columns divided by their lengths."""
+    return x / positive(jnp.linalg.norm(x, axis=0, keepdims=True))
 
 
 def independent(x: jax.Array) -> jax.Array:

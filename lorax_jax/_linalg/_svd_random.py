@@ -6,9 +6,18 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ._products import check_count, dot, independent, orthonormal, positive, products
+from ._products import (
+    check_count,
+    dot,
+    independent,
+    orthonormal,
+    positive,
+    products,
+    unit,
+)
 from ._svd import Svd, svd_top, within
 
 # A Krylov space of more blocks is cut to its best one, with which the next begins.
@@ -142,17 +151,24 @@ def _krylov(
         image: what `there` makes of them.
         blocks: how many more the space has.
     """
-    basis, images = block, image
+    width = block.shape[1]
+    room = ((0, 0), (0, blocks * width))
 
-    def beside(x):
-        return x - dot(basis, dot(basis.T, x))
+    def longer(i, state):
+        basis, images, image = state
 
-    for _ in range(blocks):
-        block = independent(beside(orthonormal(back(image))))
+        def beside(x):
+            return x - dot(basis, dot(basis.T, x))
+
+        block = independent(beside(unit(back(image))))
         block = orthonormal(beside(block))  # where little is new, once is not enough
         image = there(block)
-        basis = jnp.concatenate([basis, block], axis=1)
-        images = jnp.concatenate([images, image], axis=1)
-    vectors = jnp.linalg.eigh(dot(images.T, images))[1]
-    best = vectors[:, ::-1][:, : block.shape[1]]
+        basis = lax.dynamic_update_slice_in_dim(basis, block, i * width, axis=1)
+        images = lax.dynamic_update_slice_in_dim(images, image, i * width, axis=1)
+        return basis, images, image
+
+    # A loop over columns that are there from the start compiles once for all blocks.
+    first = jnp.pad(block, room), jnp.pad(image, room), image
+    basis, images, _ = lax.fori_loop(1, blocks + 1, longer, first)
+    best = jnp.linalg.eigh(dot(images.T, images))[1][:, ::-1][:, :width]
     return dot(basis, best), dot(images, best)
