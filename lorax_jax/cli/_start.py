@@ -1,5 +1,6 @@
 """What the initializer of a run reads of its data."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import click
@@ -12,7 +13,7 @@ from ._base import Base
 
 def start_stats(
     plan: Plan, base: Base, data: train.Windows, settings: dict[str, Any]
-) -> dict[str, Any]:
+) -> Mapping[str, Any]:
     """Statistics of the batches that training begins with; of none where none is read.
 
     Tokens count as they do in the loss: prompts and padding do not.
