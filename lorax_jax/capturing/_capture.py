@@ -23,6 +23,7 @@ from ._mask import checked_mask
 from ._run import run
 from ._stats import Stats, mapped
 from ._tap import APART, NONE, About, Tap
+from ._values import check_values
 
 
 def capture(
@@ -140,9 +141,10 @@ class Capture:
 
         Raises:
             CaptureError: if a weight's inputs are not reached, or a mask cannot be
-                followed to them.
+                followed to them; or if parameters are types and not values.
             TransformError: where the weight is used in a way that has no rows.
         """
+        check_values(params)
         leaves = dict(_paths.flatten(params, is_leaf=is_weight)[0])
         self._check(leaves)
         mask = None if mask is None else checked_mask(mask)

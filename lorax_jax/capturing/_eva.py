@@ -17,6 +17,7 @@ from ._capture import capture
 from ._gathered import Gathered, witnesses
 from ._run import Call
 from ._settle import EvaResult, States, settle
+from ._values import check_values
 
 
 def eva(
@@ -101,6 +102,7 @@ def eva(
         Paischer et al., "Parameter Efficient Fine-tuning via Explained Variance
         Adaptation", 2024. https://arxiv.org/abs/2410.07170
     """
+    check_values(params)
     calls = Calls(batches, mask)
     slots = [slot for slot in plan.slots if starts_with_eva(slot)]
     if not slots:

@@ -20,6 +20,7 @@ from ._gathered import Gathered, no_witnesses
 from ._gradient_state import Factors, GradientState
 from ._gradient_step import step
 from ._range import basis, triplets_of_columns, triplets_of_rows
+from ._values import check_values
 
 
 def capture_grad(
@@ -188,8 +189,10 @@ class GradientCapture:
         Compiled once for each shape of batches; may be called inside `jit`.
 
         Raises:
-            CaptureError: if the loss is no number.
+            CaptureError: if the loss is no number, or parameters are types and not
+                values.
         """
+        check_values(params)
         return self._update(state, params, batch)
 
     def next_pass(self, state: GradientState) -> GradientState:
