@@ -208,7 +208,7 @@ class GradientCapture:
             found = state.sums[slot.name]
             a, b = slot.matrices(found["a"], found["b"])
             if _holds_a(state):
-                b = _turned(basis(_turned(b)))
+                b = basis(b.mT).mT
                 a = jnp.zeros_like(a)
             else:
                 a, b = basis(a), jnp.zeros_like(b)
@@ -367,10 +367,6 @@ class GradientCapture:
 def _holds_a(state: GradientState) -> bool:
     """Whether A is what is held in this pass, and B's gradient what is found."""
     return int(state.done) % 2 == 0
-
-
-def _turned(x: jax.Array) -> jax.Array:
-    return jnp.swapaxes(x, -1, -2)
 
 
 def _pass(held: Factors) -> dict[str, Any]:
