@@ -62,7 +62,7 @@ def here(options, batches):
     if options.side == "covariance":
         new, stats = lj.prepare(plan, params, model.apply, batches, rho=2.0)
     else:
-        found = capturing.eva(model.apply, plan, params, batches, rho=2.0)
+        found = capturing.eva(plan, params, model.apply, batches, rho=2.0)
         new, stats = found.plan, found.states
     gathered = time.perf_counter()
     adapter = lj.init(new, params, key=jax.random.key(0), stats=stats)

@@ -116,3 +116,12 @@ def sibling(path: str, name: str) -> str:
     """
     above, slash, _ = path.rpartition("/")
     return f"{above}{slash}{name}"
+
+
+def of_types(tree: Any) -> list[str]:
+    """Paths of the leaves that are known by their types alone.
+
+    >>> of_types({"v": 1.0, "w": jax.ShapeDtypeStruct((2,), "float32")})
+    ['w']
+    """
+    return [p for p, x in flatten(tree)[0] if isinstance(x, jax.ShapeDtypeStruct)]

@@ -82,7 +82,8 @@ def kappa(plan: Plan, params: Any, *, share: float = 0.2, most: int = 16384) -> 
 
     Raises:
         PlanError: if `share` or `most` make no sense, if no site is left to rank, if a
-            weight is not finite, or if `params` is not the tree of the plan.
+            weight is not finite, or if `params` is not the tree of the plan, or one
+            of types.
 
     Example:
         >>> import jax.numpy as jnp, lorax_jax as lj

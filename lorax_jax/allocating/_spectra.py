@@ -45,7 +45,7 @@ def spectra(
 
     Raises:
         PlanError: if neither or both of `params` and `stats` are given, if they are not
-            those of the plan, or if values are not finite.
+            those of the plan, if `params` are types, or if values are not finite.
 
     Example:
         >>> import lorax_jax as lj
@@ -88,7 +88,8 @@ def singular_values(
     of all of them never are there at once; leaves of one shape share a program.
 
     Raises:
-        PlanError: if `params` is not the tree of the plan.
+        PlanError: if `params` is not the tree of the plan, or holds types in place of
+            values.
     """
     leaves = dict(_paths.flatten(params, is_leaf=is_weight)[0])
     for slot in ranked(plan) if slots is None else slots:
@@ -98,6 +99,12 @@ def singular_values(
             raise PlanError(
                 f"The plan has {slot.role.path!r} with shape {slot.shape}, and "
                 f"`params` has {found}. Give the parameters that the plan was made on."
+            )
+        if _paths.of_types(leaf):
+            raise PlanError(
+                f"The weight at {slot.role.path!r} is known by its type alone, and its "
+                "singular values are asked for. Give the parameters themselves, not "
+                "what `jax.eval_shape` says of them."
             )
         # The path would cost a program for each leaf.
         role = dataclasses.replace(slot.role, path="")

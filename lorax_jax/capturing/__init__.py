@@ -3,6 +3,7 @@
 from ._capture import Capture as Capture
 from ._capture import capture as capture
 from ._eva import eva as eva
+from ._gathered import Gathered as Gathered
 from ._gradient import GradientCapture as GradientCapture
 from ._gradient import capture_grad as capture_grad
 from ._gradient_state import GradientState as GradientState

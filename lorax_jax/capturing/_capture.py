@@ -13,15 +13,17 @@ import jax.numpy as jnp
 from .. import _paths
 from .._errors import CaptureError, shorten
 from ..adapters import Adapted, Origin, is_weight
-from ..planning import Plan, Slot, places, witness
+from ..planning import Plan, Slot
 from ..statistics import Statistic
 from ..structure import Factor
 from ..transform import Note, Options, allowed, follow, is_dynamic, observe
 from ._chosen import chosen
+from ._gathered import differ, no_witnesses, witnesses
 from ._mask import checked_mask
 from ._run import run
 from ._stats import Stats, mapped
 from ._tap import APART, NONE, About, Tap
+from ._values import check_values
 
 
 def capture(
@@ -114,10 +116,7 @@ class Capture:
 
         return Stats(
             states={slot.name: zeros(slot) for slot in self.slots},
-            witness={
-                slot.name: jnp.zeros(len(places(slot.shape)), jnp.float32)
-                for slot in self.slots
-            },
+            witness=no_witnesses(self.slots),
             mixed=jnp.zeros((), bool),
             batches=jnp.zeros((), jnp.int32),
             statistic=self.statistic,
@@ -142,9 +141,10 @@ class Capture:
 
         Raises:
             CaptureError: if a weight's inputs are not reached, or a mask cannot be
-                followed to them.
+                followed to them; or if parameters are types and not values.
             TransformError: where the weight is used in a way that has no rows.
         """
+        check_values(params)
         leaves = dict(_paths.flatten(params, is_leaf=is_weight)[0])
         self._check(leaves)
         mask = None if mask is None else checked_mask(mask)
@@ -159,13 +159,12 @@ class Capture:
             slot.name: self._updated(slot, stats[slot.name], sums[slot.name])
             for slot in self.slots
         }
-        seen = {slot.name: witness(leaves[slot.role.path]) for slot in self.slots}
+        seen = witnesses(self.slots, params)
         first = stats.batches == 0
-        differs = [jnp.any(stats.witness[name] != seen[name]) for name in seen]
         return Stats(
             states,
             {n: jnp.where(first, seen[n], stats.witness[n]) for n in seen},
-            stats.mixed | (~first & jnp.any(jnp.stack(differs))),
+            stats.mixed | (~first & differ(stats.witness, seen)),
             stats.batches + 1,
             self.statistic,
         )

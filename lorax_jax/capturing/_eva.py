@@ -14,14 +14,16 @@ from ..planning import Plan, Slot
 from ..statistics import Pca
 from ._calls import Calls
 from ._capture import capture
+from ._gathered import Gathered, witnesses
 from ._run import Call
 from ._settle import EvaResult, States, settle
+from ._values import check_values
 
 
 def eva(
-    fn: Callable[..., Any],
     plan: Plan,
     params: Any,
+    fn: Callable[..., Any],
     batches: Iterable[Any] | Callable[[], Iterable[Any]],
     *,
     rho: float = 2.0,
@@ -52,10 +54,10 @@ def eva(
     `prepare` is the shorter way: one pass, exact covariances, no `tau`.
 
     Args:
-        fn: the model, `fn(params, *args)`.
         plan: whose sites that start with `init="eva"` get new ranks, with the other
             layers of their stacks. Their own ranks add up to the budget.
         params: the parameters; never changed.
+        fn: the model, `fn(params, *args)`.
         batches: each a tuple of the model's arguments, a mapping of its keyword
             arguments (and `mask`), or its only argument. A list, or a function that
             gives an iterator; an iterator ends the procedure when it ends.
@@ -92,7 +94,7 @@ def eva(
         >>> xs = [x * jnp.array([9.0, 5.0, 3.0, 1.0, 0.1, 0.1])[None] for x in xs]
         >>> config = lj.LoraConfig("[vw]", rank=2, init="eva")
         >>> plan = lj.plan(config, params, fn, (xs[0],))
-        >>> found = lj.capturing.eva(fn, plan, params, xs, rho=1.5)
+        >>> found = lj.capturing.eva(plan, params, fn, xs, rho=1.5)
         >>> [(site.name, site.rank) for site in found.plan]
         [('v', 3), ('w', 1)]
 
@@ -100,6 +102,7 @@ def eva(
         Paischer et al., "Parameter Efficient Fine-tuning via Explained Variance
         Adaptation", 2024. https://arxiv.org/abs/2410.07170
     """
+    check_values(params)
     calls = Calls(batches, mask)
     slots = [slot for slot in plan.slots if starts_with_eva(slot)]
     if not slots:
@@ -124,7 +127,7 @@ def eva(
         return gather(before, params, *call.args, **call.kwargs).states
 
     given: Any = iter(calls) if isinstance(batches, Iterator) else calls
-    return settle(
+    found = settle(
         plan,
         lambda states, call: take(states, params, call),
         start.states,
@@ -137,6 +140,8 @@ def eva(
         order=order,
         progress=progress,
     )
+    seen = witnesses([s for s in found.plan.slots if s.name in found.states], params)
+    return dataclasses.replace(found, states=Gathered(dict(found.states), seen))
 
 
 def starts_with_eva(slot: Slot) -> bool:

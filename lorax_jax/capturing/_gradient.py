@@ -16,9 +16,11 @@ from ..structure import wide
 from ..transform import adapt
 from ._batches import Batches
 from ._chosen import chosen
+from ._gathered import Gathered, no_witnesses
 from ._gradient_state import Factors, GradientState
 from ._gradient_step import step
 from ._range import basis, triplets_of_columns, triplets_of_rows
+from ._values import check_values
 
 
 def capture_grad(
@@ -85,8 +87,8 @@ def capture_grad(
         >>> xs = [jax.random.normal(jax.random.key(i), (8, 6)) for i in range(3)]
         >>> plan = lj.plan(lj.LoraConfig("w", rank=1), params, loss, (xs[0],))
         >>> factors = lj.capture_grad(loss, plan).run(params, xs)
-        >>> jax.tree.map(jnp.shape, factors)
-        {'w': GradientFactors(u=(6, 4), s=(4,), v=(4, 4))}
+        >>> jax.tree.map(jnp.shape, factors["w"])
+        GradientFactors(u=(6, 4), s=(4,), v=(4, 4))
 
     References:
         Wang, Yu and Li, "LoRA-GA: Low-Rank Adaptation with Gradient Approximation",
@@ -172,8 +174,14 @@ class GradientCapture:
             ]
             a, b = slot.arrays(jnp.stack(draws), jnp.zeros((*lead, size, d_out), dtype))
             held[slot.name] = {"a": a, "b": b}
-        nothing = jnp.zeros(()), jnp.zeros((), jnp.int32)
-        return _fresh(held, done=jnp.zeros((), jnp.int32), first=nothing)
+        return GradientState(
+            held=held,
+            **_pass(held),
+            done=jnp.zeros((), jnp.int32),
+            first=(jnp.zeros(()), jnp.zeros((), jnp.int32)),
+            witness=no_witnesses(self.slots),
+            mixed=jnp.zeros((), bool),
+        )
 
     def update(self, state: GradientState, params: Any, *batch: Any) -> GradientState:
         """The state with one more batch taken in.
@@ -181,8 +189,10 @@ class GradientCapture:
         Compiled once for each shape of batches; may be called inside `jit`.
 
         Raises:
-            CaptureError: if the loss is no number.
+            CaptureError: if the loss is no number, or parameters are types and not
+                values.
         """
+        check_values(params)
         return self._update(state, params, batch)
 
     def next_pass(self, state: GradientState) -> GradientState:
@@ -190,7 +200,7 @@ class GradientCapture:
 
         Raises:
             CaptureError: if this pass saw no batch, other batches than the first one,
-                or a gradient that is not finite.
+                or a gradient that is not finite; or if the parameters changed.
         """
         self._check(state)
         held = {}
@@ -198,22 +208,24 @@ class GradientCapture:
             found = state.sums[slot.name]
             a, b = slot.matrices(found["a"], found["b"])
             if _holds_a(state):
-                b = _turned(basis(_turned(b)))
+                b = basis(b.mT).mT
                 a = jnp.zeros_like(a)
             else:
                 a, b = basis(a), jnp.zeros_like(b)
             a, b = slot.arrays(a, b)
             held[slot.name] = {"a": a, "b": b}
         first = state.first if state.done else (state.weight, state.count)
-        return _fresh(held, done=state.done + 1, first=first)
+        return dataclasses.replace(
+            state, held=held, **_pass(held), done=state.done + 1, first=first
+        )
 
-    def finish(self, state: GradientState) -> dict[str, GradientFactors]:
+    def finish(self, state: GradientState) -> Gathered:
         """The factors, of a state that has all batches of its pass.
 
         Returns:
-            Name of the adapted weight -> `GradientFactors` with leading axes for
-            stacked layers, experts and groups. A layer of a stack that is not adapted
-            has singular values of 0.
+            `Gathered`: name of the adapted weight -> `GradientFactors` with leading
+            axes for stacked layers, experts and groups. A layer of a stack that is not
+            adapted has singular values of 0.
 
         Raises:
             CaptureError: as `next_pass`; and after a single pass, which has found only
@@ -240,7 +252,7 @@ class GradientCapture:
             factors[slot.name] = jax.tree.map(
                 lambda x, lead=lead, kept=kept: x.reshape(*lead, *x.shape[kept:]), made
             )
-        return factors
+        return Gathered(factors, state.witness)
 
     def types(self) -> dict[str, GradientFactors]:
         """Shapes and dtypes of what `finish` gives."""
@@ -266,7 +278,7 @@ class GradientCapture:
         progress: bool = False,
         state: GradientState | None = None,
         after_pass: Callable[[GradientState], Any] | None = None,
-    ) -> dict[str, GradientFactors]:
+    ) -> Gathered:
         """Goes through the batches `passes` times.
 
         Args:
@@ -321,6 +333,12 @@ class GradientCapture:
                 f"are not finite. Weights with such gradients: {where}. Look for empty "
                 "rows or labels that are all masked; in float16 change `loss_scale`."
             )
+        if state.mixed:
+            raise CaptureError(
+                "The parameters changed while gradients were gathered: batches before "
+                "saw another model. Begin anew, with the parameters that are to be "
+                "adapted."
+            )
         if not state.weight > 0:
             raise CaptureError(
                 f"The weights of the batches sum to {float(state.weight):g}. `weight` "
@@ -351,20 +369,14 @@ def _holds_a(state: GradientState) -> bool:
     return int(state.done) % 2 == 0
 
 
-def _turned(x: jax.Array) -> jax.Array:
-    return jnp.swapaxes(x, -1, -2)
-
-
-def _fresh(held: Factors, *, done: jax.Array, first: Any) -> GradientState:
-    return GradientState(
-        held=held,
-        sums=jax.tree.map(jnp.zeros_like, held),
-        weight=jnp.zeros(()),
-        count=jnp.zeros((), jnp.int32),
-        done=done,
-        first=first,
-        bad=jnp.full((), -1, jnp.int32),
-    )
+def _pass(held: Factors) -> dict[str, Any]:
+    """What a state holds of a pass that has seen no batch."""
+    return {
+        "sums": jax.tree.map(jnp.zeros_like, held),
+        "weight": jnp.zeros(()),
+        "count": jnp.zeros((), jnp.int32),
+        "bad": jnp.full((), -1, jnp.int32),
+    }
 
 
 def _bar(progress: bool, total: int) -> Any:

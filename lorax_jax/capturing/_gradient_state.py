@@ -3,7 +3,7 @@
 import dataclasses
 
 import jax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 Factors = dict[str, dict[str, jax.Array]]
 
@@ -25,6 +25,8 @@ class GradientState:
         first: `weight` and `count` of the first pass.
         bad: the first batch of this pass with a gradient or a loss that is not finite;
             -1 where there is none.
+        witness: some entries of each weight, to tell one model from another.
+        mixed: whether several models were seen.
     """
 
     held: Factors
@@ -34,3 +36,5 @@ class GradientState:
     done: Int[Array, ""]
     first: tuple[Float[Array, ""], Int[Array, ""]]
     bad: Int[Array, ""]
+    witness: dict[str, jax.Array]
+    mixed: Bool[Array, ""]

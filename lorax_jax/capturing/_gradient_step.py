@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from .._errors import CaptureError
 from ..adapters import Adapter, Fixed, bind
 from ..planning import Slot
+from ._gathered import differ, witnesses
 from ._gradient_state import Factors, GradientState
 
 
@@ -65,12 +66,16 @@ def step(
         )
         fine = [jnp.isfinite(value), *map(_is_finite, jax.tree.leaves(grads))]
         fine = jnp.stack(fine).all()
+        seen = witnesses(slots, params)
+        first = (state.done == 0) & (state.count == 0)
         return dataclasses.replace(
             state,
             sums=sums,
             weight=state.weight + counts,
             count=state.count + 1,
             bad=jnp.where((state.bad < 0) & ~fine, state.count, state.bad),
+            witness={n: jnp.where(first, seen[n], state.witness[n]) for n in seen},
+            mixed=state.mixed | (~first & differ(state.witness, seen)),
         )
 
     return update

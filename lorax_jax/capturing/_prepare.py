@@ -18,6 +18,7 @@ from ._capture import capture
 from ._chosen import chosen
 from ._components import by_site
 from ._eva import starts_with_eva
+from ._gathered import Gathered
 from ._gradient import capture_grad
 from ._redistribute import caps, redistribute
 
@@ -31,7 +32,7 @@ class Prepared(NamedTuple):
     """
 
     plan: Plan
-    stats: dict[str, Any]
+    stats: Gathered
 
 
 def prepare(
@@ -111,7 +112,7 @@ def prepare(
     """
     wanted = _wanted(plan, stat)
     if not wanted:
-        return Prepared(plan, {})
+        return Prepared(plan, Gathered({}, {}))
     if GradientFactors in wanted and loss is None:
         raise CaptureError(
             f"The initializer of {wanted[GradientFactors][0]!r} reads gradients, and "
@@ -119,7 +120,7 @@ def prepare(
             "of the model's arguments, the mean over a batch."
         )
     times = sum(passes if one is GradientFactors else 1 for one in wanted)
-    calls, found = Calls(batches, mask), {}
+    calls, found, seen = Calls(batches, mask), {}, {}
     if times > 1:
         Batches(batches, passes=times)  # raises for those that are used up
     for one, names in wanted.items():
@@ -133,7 +134,7 @@ def prepare(
                 materialize=materialize,
                 custom=custom,
             )
-            found |= gradients.run(params, calls, key=key, progress=progress)
+            gathered = gradients.run(params, calls, key=key, progress=progress)
         else:
             gather = capture(
                 fn,
@@ -143,14 +144,16 @@ def prepare(
                 tokens=tokens,
                 materialize=materialize,
             )
-            found |= gather.run(params, calls, progress=progress)
+            gathered = gather.run(params, calls, progress=progress)
+        found |= gathered.states
+        seen |= gathered.witness
     evas = [slot for slot in plan.slots if starts_with_eva(slot)]
     _check_rows(evas, found)
     if evas and rho != 1:
         plan = redistribute(plan, _spectra(plan, evas, found, rho), rho=rho)
-    return Prepared(
-        plan, {s.name: found[s.name] for s in plan.slots if s.name in found}
-    )
+    left = [slot.name for slot in plan.slots if slot.name in found]
+    states, witness = ({name: x[name] for name in left} for x in (found, seen))
+    return Prepared(plan, Gathered(states, witness))
 
 
 def prepared_types(plan: Plan, *, stat: Statistic | None = None) -> dict[str, Any]:

@@ -31,9 +31,9 @@ def triplets_of_rows(
     z: Float[Array, "*n size d_out"], u: Float[Array, "*n d_in size"]
 ) -> GradientFactors:
     r"""The same from $Z = U^\top G$, $U$ with orthonormal columns."""
-    right, s, left = _triplets(_turned(z))  # Z^T = right s left
-    left = jnp.matmul(u, _turned(left), precision="highest")
-    return _signed(left, s, _turned(right))
+    right, s, left = _triplets(z.mT)  # Z^T = right s left
+    left = jnp.matmul(u, left.mT, precision="highest")
+    return _signed(left, s, right.mT)
 
 
 def _triplets(y: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -46,11 +46,7 @@ def _triplets(y: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 def _signed(u: jax.Array, s: jax.Array, v: jax.Array) -> GradientFactors:
     largest = jnp.argmax(jnp.abs(u), axis=-2, keepdims=True)
     sign = jnp.sign(jnp.take_along_axis(u, largest, axis=-2))  # (*n, 1, size)
-    return GradientFactors(u * sign, s, v * _turned(sign))
-
-
-def _turned(x: jax.Array) -> jax.Array:
-    return jnp.swapaxes(x, -1, -2)
+    return GradientFactors(u * sign, s, v * sign.mT)
 
 
 def _of_order_one(y: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -48,8 +48,8 @@ def redistribute(
         A plan with other ranks and alphas.
 
     Raises:
-        CaptureError: if spectra are no descending shares, or hold fewer than a site's
-            rank.
+        CaptureError: if spectra are no sequences of descending shares, or hold fewer
+            than a site's rank.
         PlanError: if a name is no site with a rank, the budget is below 1, or `rho`.
 
     Example:
@@ -148,7 +148,7 @@ def _alpha(site: Site, rank: int, adjust: bool) -> float:
 def _checked(
     spectra: Mapping[str, Any], most: Mapping[str, int], sites: Mapping[str, Site]
 ) -> dict[str, np.ndarray]:
-    found = {name: np.asarray(values, np.float64) for name, values in spectra.items()}
+    found = {name: _numbers(name, values) for name, values in spectra.items()}
     for name, values in found.items():
         if values.ndim != 1 or len(values) < min(most[name], sites[name].rank):
             raise CaptureError(
@@ -163,3 +163,13 @@ def _checked(
                 "explained variances are finite, from 0 up, and descend."
             )
     return found
+
+
+def _numbers(name: str, given: Any) -> np.ndarray:
+    try:
+        return np.asarray(given, np.float64)
+    except (TypeError, ValueError):
+        raise CaptureError(
+            f"The spectrum of {name!r} is a {type(given).__name__} and no sequence of "
+            "numbers. Of what it gathers `prepare(..., rho=)` takes the spectra itself."
+        ) from None

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from .._errors import CaptureError
 from ._stats import Stats
+from ._values import check_values
 
 if TYPE_CHECKING:
     from ._capture import Capture
@@ -29,6 +30,7 @@ def run(
     """See `Capture.run`."""
     if every < 1:
         raise CaptureError(f"`every` = {every!r}; a number of batches is meant.")
+    check_values(params)
     found = gather.init() if before is None else before
     if save is not None and Path(save).exists():
         found = found.load(save)

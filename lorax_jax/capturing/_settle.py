@@ -34,7 +34,7 @@ class EvaResult:
     """
 
     plan: Plan
-    states: dict[str, PcaState]
+    states: States
     spectra: dict[str, np.ndarray]
     shared: tuple[tuple[str, ...], ...]
     steps: int

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,12 @@ from safetensors.numpy import save_file
 
 from .._errors import CaptureError, shorten
 from ..statistics import Statistic
+from ._gathered import Gathered, differ
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Stats(Mapping[str, Any]):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Stats(Gathered):
     """What was gathered: a state for each matrix of each adapted leaf.
 
     A mapping from names of slots to states, whose arrays have the leading axes
@@ -34,20 +35,9 @@ class Stats(Mapping[str, Any]):
         statistic: what is gathered.
     """
 
-    states: dict[str, Any]
-    witness: dict[str, jax.Array]
     mixed: jax.Array
     batches: jax.Array
     statistic: Statistic = dataclasses.field(metadata={"static": True})
-
-    def __getitem__(self, name: str) -> Any:
-        return self.states[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.states)
-
-    def __len__(self) -> int:
-        return len(self.states)
 
     def merge(self, other: "Stats") -> "Stats":
         """The statistics of both, gathered apart: by other processes, or later.
@@ -72,10 +62,8 @@ class Stats(Mapping[str, Any]):
             for name, state in self.states.items()
         }
         both = (self.batches > 0) & (other.batches > 0)
-        differs = [
-            jnp.any(self.witness[name] != other.witness[name]) for name in self.witness
-        ]
-        mixed = self.mixed | other.mixed | (both & jnp.any(jnp.stack(differs)))
+        changed = both & differ(self.witness, other.witness)
+        mixed = self.mixed | other.mixed | changed
         seen = jax.tree.map(
             lambda x, y: jnp.where(self.batches > 0, x, y), self.witness, other.witness
         )

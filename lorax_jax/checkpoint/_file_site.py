@@ -180,6 +180,10 @@ class FileSite:
             return {}
         return keys(self.tied, kind=self.kind, prefix=prefix)
 
+    def all_keys(self, prefix: str = PREFIX) -> list[str]:
+        """The keys of both."""
+        return [*self.keys(prefix).values(), *self.tied_keys(prefix).values()]
+
     def encode(self) -> dict[str, Any]:
         """As JSON, without what says nothing."""
         site = dataclasses.asdict(self)

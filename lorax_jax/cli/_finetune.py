@@ -64,6 +64,12 @@ DTYPES = ("float32", "bfloat16", "float16")
     help="Rows that it reads, if it reads any. [default: 64]",
 )
 @click.option(
+    "--rho",
+    type=Number(1),
+    default=1.0,
+    help="How many times --rank a site may get with eva; 1 moves none. [default: 1]",
+)
+@click.option(
     "--steps", type=click.IntRange(1), help="Updates. [default: 200; embedded 250]"
 )
 @click.option("--batch", type=click.IntRange(1), help="Rows. [default: 4; embedded 8]")
@@ -122,7 +128,7 @@ def finetune(ctx: click.Context, **options: Any) -> None:
       lorax-jax finetune --model HuggingFaceTB/SmolLM2-135M --data notes.txt
       lorax-jax finetune --model ./llama --data chat.jsonl --rank 16 --dtype bfloat16
       lorax-jax finetune --targets '.*/(q|v)_proj/kernel' --out small --export
-      lorax-jax finetune --model ./llama --data notes.txt --init eva --init-rows 128
+      lorax-jax finetune --model ./llama --data notes.txt --init eva --rho 2
       lorax-jax finetune --data calls.txt --new-token '<tool>' --new-token '</tool>'
       lorax-jax finetune --resume lorax-out
           go on after Ctrl-C or SIGTERM; all other options are as they were
@@ -140,7 +146,9 @@ def finetune(ctx: click.Context, **options: Any) -> None:
     An adapter starts at random with --init kaiming, gaussian or orthogonal, from
     factors of the weight with pissa, pissa_niter_N, olora or mica, and from what the
     training rows say with eva, corda, corda_kpm or lora_ga, which read --init-rows of
-    them first. The model is the same at the start, and the base is never changed.
+    them first. With --init eva and --rho above 1, sites whose inputs vary along more
+    directions get larger ranks, and others smaller ones; their sum stays as it is. The
+    model is the same at the start, and the base is never changed.
 
     OUT gets adapter/ (PEFT's format, with the tokenizer), merged/ with --export,
     loss.png, history.jsonl, run.json, and state/ to resume from. An existing folder is
@@ -170,6 +178,9 @@ def finetune(ctx: click.Context, **options: Any) -> None:
         training = Training.prepare(settings)
         training.check_output(out, export=export)
         training.start(resume=resume is not None)
+        settings["ranks"] = training.moved
+        if training.moved is not None:  # maybe to wider weights
+            training.check_output(out, export=export)
         if resume is None:
             _output.forget(out)
             _settings.write(out, settings)

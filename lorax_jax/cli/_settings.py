@@ -27,7 +27,7 @@ def complete(options: dict[str, Any]) -> dict[str, Any]:
     """The options of a new run with the recipe's values where they are `None`.
 
     Raises:
-        Failure: if a model is named and no data.
+        Failure: if a model is named and no data, or options contradict each other.
     """
     from ._base import located
 
@@ -49,6 +49,12 @@ def complete(options: dict[str, Any]) -> dict[str, Any]:
     # Whether an adapter names its base as seen from itself; see `_base.reference`.
     settings["relative"] = not Path(settings["model"] or "/").is_absolute()
     settings["model"] = located(settings["model"])
+    moves = settings["rho"] != 1 and options["resume"] is None
+    if moves and settings["init"] != "eva":
+        raise Failure(
+            f"--rho {settings['rho']:g} distributes ranks by what --init eva reads, "
+            f"and --init is {settings['init']}. Give --init eva, or leave --rho out."
+        )
     for name in ("targets", "exclude", "new_token"):
         settings[name] = list(settings[name])
     return settings

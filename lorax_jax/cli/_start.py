@@ -10,12 +10,13 @@ from ..planning import Plan
 from ._base import Base
 
 
-def start_stats(
+def prepared(
     plan: Plan, base: Base, data: train.Windows, settings: dict[str, Any]
-) -> dict[str, Any]:
-    """Statistics of the batches that training begins with; of none where none is read.
+) -> capturing.Prepared:
+    """The plan, and statistics of the batches that training begins with.
 
-    Tokens count as they do in the loss: prompts and padding do not.
+    Of none where none is read. With `rho` above 1 ranks are distributed anew. Tokens
+    count as they do in the loss: prompts and padding do not.
 
     Args:
         plan: where the adapter acts.
@@ -24,7 +25,7 @@ def start_stats(
         settings: from `_settings`.
     """
     if not capturing.prepared_types(plan):
-        return {}
+        return capturing.Prepared(plan, capturing.Gathered({}, {}))
     size = settings["batch"]
     count = -(-min(settings["init_rows"], data.rows) // size)
     batches = []
@@ -40,13 +41,13 @@ def start_stats(
     def loss(params: Any, ids: Any, labels: Any, weights: Any) -> jax.Array:
         return train.cross_entropy(base.model.apply(params, ids), labels, weights)
 
-    found = capturing.prepare(
+    return capturing.prepare(
         plan,
         base.params,
         model,
         batches,
         loss=loss,
         mask=lambda ids, labels, weights: weights,
+        rho=settings["rho"],
         progress=True,
     )
-    return found.stats

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ from ._base import Base, folder_of, load_base, reference
 from ._output import check_space
 from ._program import note_saved
 from ._rows import Rows, read_rows
-from ._start import start_stats
+from ._start import prepared
 from ._text import continue_text
 from ._tokens import check_rows, with_tokens
 
 EVALUATIONS = 5
+
+Ranks = Mapping[str, tuple[int, float]]
 
 
 class Training:
@@ -33,6 +36,10 @@ class Training:
         base: the model.
         rows: the data.
         plan: where the adapter acts.
+
+    Attributes:
+        moved: name of a site -> the rank and alpha that it got by what was gathered;
+            `None` where all have their own.
     """
 
     def __init__(
@@ -46,6 +53,7 @@ class Training:
         self.forward = transform.adapt(base.model.apply)
         self.adapter = Adapter({}, {})
         self.history: train.History = []
+        self.moved: Ranks | None = None
         self.tx = train.optimizer(
             learning_rate=settings["lr"],
             steps=settings["steps"],
@@ -93,17 +101,34 @@ class Training:
         Whether it can be made is known before anything is gathered for it. A run that
         goes on finds its values in its state, so that its types are enough.
         """
-        key = jax.random.key(self.settings["seed"])
-        init = functools.partial(planning.init, self.plan, key=key)
-        read = capturing.prepared_types(self.plan)
+        settings, params = self.settings, self.base.params
+        if resume and settings.get("ranks") is not None:
+            self._move(settings["ranks"])
+        init = functools.partial(planning.init, key=jax.random.key(settings["seed"]))
         types = jax.eval_shape(
-            lambda params, stats: init(params, stats=stats), self.base.params, read
+            lambda params, stats: init(self.plan, params, stats=stats),
+            params,
+            capturing.prepared_types(self.plan),
         )
         if resume:
             self.adapter = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), types)
-        else:
-            stats = start_stats(self.plan, self.base, self.rows.data, self.settings)
-            self.adapter = init(self.base.params, stats=stats)
+            return
+        plan, stats = prepared(self.plan, self.base, self.rows.data, settings)
+        if plan is not self.plan:
+            ranks = {site.name: (site.rank, site.alpha) for site in plan if site.rank}
+            gone = {site.name: (0, 0.0) for site in self.plan if site.rank}
+            self._move(gone | ranks)
+        self.adapter = init(self.plan, params, stats=stats)
+
+    def _move(self, ranks: Ranks) -> None:
+        """Distributes ranks, and says how."""
+        self.plan = planning.resized(self.plan, ranks)
+        self.moved = ranks
+        found = [rank for rank, _ in ranks.values()]
+        click.echo(
+            f"ranks     {min(found)} to {max(found)} for {len(found)} sites, by "
+            "explained variance"
+        )
 
     def check_output(self, out: Path, *, export: bool) -> None:
         """Raises if what the run will write has no place, or no room."""

@@ -97,6 +97,15 @@ def corda(
     changed. PEFT subtracts $s A_0 B_0$ from the base instead; `fold` does the same
     here. PEFT stores the transposes: `a = lora_A.T`, `b = lora_B.T`.
 
+    Which $C$ is a choice of the statistic. The default, `SecondMoment`, is PEFT's: the
+    rows of each use of the weight, a batch's as a rule, are first divided by the size
+    of their signed maximum, so that batches with large activations weigh no more than
+    others; products are then summed over rows and averaged over uses. `Moments`, and
+    `SecondMoment(normalize=False)`, divide by no maximum: rows weigh by the squares of
+    their activations, and the two differ by the size of $C$ alone. A $C$ that is $c$
+    times as large leaves $A_0 B_0$ as it is, with $A_0 / \sqrt c$ and
+    $\sqrt c\, B_0$ for the factors.
+
     $\delta$ starts at `damping` and is doubled until $\lVert C' C'^{-1} - I \rVert_F$
     is below `tolerance` in float32.
 

@@ -54,10 +54,20 @@ class Spectra(Mapping[str, np.ndarray]):
 
     @classmethod
     def of(cls, spectra: Mapping[str, Any]) -> "Spectra":
-        """Spectra from plain sequences, each of all energy that there is."""
+        """Spectra from plain sequences, each of all energy that there is.
+
+        Raises:
+            PlanError: if they are no mapping, or one is no sequence of numbers.
+        """
         if isinstance(spectra, Spectra):
             return spectra
-        energies = {name: np.asarray(v, np.float64) for name, v in spectra.items()}
+        if not isinstance(spectra, Mapping):
+            raise PlanError(
+                f"`spectra` is a {type(spectra).__name__}; a mapping is meant, from "
+                "names of sites to what each direction is worth: `lj.spectra(plan, "
+                "params)` gives one."
+            )
+        energies = {name: _numbers(name, v) for name, v in spectra.items()}
         return cls(energies, {name: float(v.sum()) for name, v in energies.items()})
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -89,3 +99,14 @@ class Spectra(Mapping[str, np.ndarray]):
                     f"A spectrum is given for {name!r}, which is no site of the plan "
                     f"that has a rank. Closest: {shorten(closest(name, known))}."
                 )
+
+
+def _numbers(name: str, given: Any) -> np.ndarray:
+    try:
+        return np.asarray(given, np.float64)
+    except (TypeError, ValueError):
+        raise PlanError(
+            f"The spectrum of {name!r} is a {type(given).__name__} and no sequence of "
+            "numbers. Of what `capture`, `capture_grad` or `prepare` gathered, "
+            "`lj.spectra(plan, stats=stats)` gives the spectra."
+        ) from None

@@ -39,8 +39,9 @@ class SecondMoment:
 
     with $X_j$ the rows of one use of the weight. It is the size of the *signed* maximum
     that they are divided by, as in PEFT, and not the largest size: where negative
-    entries are the largest, rows stay above 1. CorDA's factors hardly depend on the
-    size of $C$, and uses with larger activations weigh no more than others.
+    entries are the largest, rows stay above 1. CorDA's product $A_0 B_0$ does not
+    depend on the size of $C$, and uses with larger activations weigh no more than
+    others. `Moments` divides by no maximum: there they do.
 
     A use that no row of weight reaches is not counted. Rows whose maximum is 0 are left
     as they are; PEFT divides by it.

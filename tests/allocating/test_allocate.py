@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import lorax_jax as lj
 from lorax_jax.allocating import greedy
 from lorax_jax.errors import PlanError
+from lorax_jax.statistics import Moments, SecondMoment
 
 
 def gained(gains, counts):
@@ -246,3 +247,38 @@ def test_refuses_spectra_of_other_sites():
         lj.allocate(make_plan(), SPECTRA | {"k": [1.0]}, ranks=4)
     with pytest.raises(PlanError, match=match):
         make_plan().with_spectra({"k": [1.0]})
+
+
+@pytest.mark.parametrize("stat", [Moments(), SecondMoment()])
+def test_statistics_are_no_spectra(stat):
+    """The way out works, where the statistic has a spectrum."""
+    params = {"q": jnp.eye(6), "v": jnp.eye(6)[:, :4]}
+
+    def fn(params, x):
+        return x @ params["q"] @ params["v"]
+
+    x = jnp.arange(48.0).reshape(8, 6) % 7
+    plan = lj.plan(lj.LoraConfig("[qv]", rank=2), params, fn, (x,))
+    stats = lj.capture(fn, plan, stat=stat).run(params, [x])
+    name = type(stats["q"]).__name__
+    match = rf"of 'q' is a {name} and no sequence .* `lj.spectra\(plan, stats=stats\)`"
+    with pytest.raises(PlanError, match=match):
+        lj.allocate(plan, stats, ranks=4)
+    if isinstance(stat, Moments):
+        found = lj.allocate(plan, lj.spectra(plan, stats=stats), ranks=4)
+        assert sum(site.rank for site in found) == 4
+
+
+@pytest.mark.parametrize(
+    "spectra, match",
+    [
+        ([9.0, 1.0], r"`spectra` is a list; a mapping is meant, from names of sites"),
+        (None, r"`spectra` is a NoneType; .*`lj.spectra\(plan, params\)` gives one"),
+        ({"q": {"a": 1.0}}, r"of 'q' is a dict and no sequence of numbers"),
+        ({"q": "9 1"}, r"of 'q' is a str and no sequence of numbers"),
+        ({"q": [[1.0], [1.0, 2.0]]}, r"of 'q' is a list and no sequence of numbers"),
+    ],
+)
+def test_what_is_no_spectrum(spectra, match):
+    with pytest.raises(PlanError, match=match):
+        lj.allocate(make_plan(), spectra, ranks=4)

@@ -136,6 +136,8 @@ def test_refuses():
     for share in (0, 1.5, float("nan")):
         with pytest.raises(PlanError, match="a share of the sites in"):
             lj.kappa(plan, params, share=share)
+    with pytest.raises(PlanError, match="'0/up_proj' is known by its type alone, and"):
+        lj.kappa(plan, jax.eval_shape(lambda: params))
     broken = params | {"linear_3": params["linear_3"].at[0, 0].set(jnp.nan)}
     with pytest.raises(PlanError, match="weight of 'linear_3' is not finite"):
         lj.kappa(plan, broken)

@@ -145,6 +145,9 @@ def test_refuses(model):
     match = r"`params` has no such leaf\. Give"
     with pytest.raises(PlanError, match=match):
         lj.spectra(plan, {})
+    match = r"'.*' is known by its type alone, and its singular .* parameters themsel"
+    with pytest.raises(PlanError, match=match):
+        lj.spectra(plan, jax.eval_shape(lambda: params))
     broken = params | {"layers": params["layers"].at[1, 0, 0].set(jnp.nan)}
     with pytest.raises(PlanError, match="spectrum of '1/layers' is not finite"):
         lj.spectra(plan, broken)

@@ -162,7 +162,7 @@ def test_a_site_that_loses_its_rank_has_no_statistic(way):
     if way == "prepare":
         found, stats = prepare(plan, params, fn, xs, rho=2.0)
     else:
-        result = eva(fn, plan, params, xs, tau=0.0)
+        result = eva(plan, params, fn, xs, tau=0.0)
         found, stats = result.plan, result.states
         assert set(result.spectra) == {"v", "w"}
     assert {site.name: site.rank for site in found} == {"v": 2} and set(stats) == {"v"}
@@ -175,7 +175,7 @@ def test_eva_on_a_model():
     counted = Counter(FN)
     given = [ids for ids, _ in BATCHES]
     options = {"rho": 1.5, "tau": 0.5}
-    found = eva(lambda p, x: counted(p, x), plan, PARAMS, given, **options)
+    found = eva(plan, PARAMS, lambda p, x: counted(p, x), given, **options)
     assert counted.calls == 1
     assert set(found.states) == {"layers/q", "layers/k"}
     assert ("layers/0/q", "layers/0/k") in {
@@ -196,7 +196,7 @@ def test_eva_on_a_model():
 def test_masks_and_bars(capsys):
     plan = plan_of("layers/q", init="eva")
     options = {"mask": weights_of, "tau": 0.0, "rho": 1, "progress": True}
-    found = eva(FN, plan, PARAMS, BATCHES, **options)
+    found = eva(plan, PARAMS, FN, BATCHES, **options)
     count = sum(float(weights.sum()) for _, weights in BATCHES[: found.steps])
     assert (found.states["layers/q"].count == count).all()
     prepare(plan_of("head", init="lora_ga"), PARAMS, FN, BATCHES, loss=LOSS)
@@ -260,7 +260,7 @@ def test_an_initializer_that_names_no_statistic(monkeypatch):
 
 def test_eva_where_no_site_starts_with_it():
     with pytest.raises(CaptureError, match=r"No site .* `LoraConfig\(targets, init='e"):
-        eva(FN, plan_of("head"), PARAMS, BATCHES)
+        eva(plan_of("head"), PARAMS, FN, BATCHES)
 
 
 def test_names_that_are_no_weights():

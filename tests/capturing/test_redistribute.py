@@ -112,6 +112,7 @@ def test_sites_that_are_not_named_stay():
         ({"u": [0.5, 0.1]}, {}, CaptureError, r"spectrum of 'u' .*\(2,\).* rank is 3"),
         ({"u": [0.1, 0.5, 0.1]}, {}, CaptureError, r"0.1, 0.5, 0.1; .* descend"),
         ({"u": [np.nan] * 6}, {}, CaptureError, r"nan, .*; .* finite"),
+        ({"u": {}}, {}, CaptureError, r"of 'u' is a dict and no .* numbers. Of what"),
         ({"u": [0.5, 0.1, -1.0]}, {}, CaptureError, r"0.5, 0.1, -1; .* from 0 up"),
     ],
 )

@@ -209,7 +209,7 @@ def test_on_a_model():
 
     plan = lj.plan(lj.LoraConfig("[ab]", rank=2, init="eva"), params, fn, (rows(30),))
     given = [rows(30, seed) for seed in range(4)]
-    found = capturing.eva(fn, plan, params, given, tau=0.9)
+    found = capturing.eva(plan, params, fn, given, tau=0.9)
     assert found.shared == tuple((f"{i}/a", f"{i}/b") for i in range(3))
     adapter = lj.init(found.plan, params, key=keys[0], stats=found.states)
     ranks = {site.name: site.rank for site in found.plan}

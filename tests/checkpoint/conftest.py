@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from drawn import drawn
+from kinds import CASES, OURS
 from safetensors.numpy import load_file, save_file
 
 import lorax_jax as lj
@@ -193,3 +194,14 @@ def equal():
         )
 
     return same
+
+
+@pytest.fixture
+def made_of(make):
+    """`made_of("dora", scan=True)`: a model with an adapter of one of `kinds`."""
+
+    def build(case, scan=False):
+        family, rules, config = (CASES | OURS)[case]
+        return make(family, scan=scan, rules=rules, **config)
+
+    return build

@@ -83,9 +83,39 @@ def test_it_starts_where_the_base_is(finetune, here):
     np.testing.assert_allclose(steps, steps[0], rtol=1e-5)
 
 
-@pytest.mark.parametrize("init", ["eva", "lora_ga", "pissa", "mica"])
-def test_a_run_that_goes_on_gathers_nothing(finetune, run, here, monkeypatch, init):
-    assert finetune(out="whole", init=init, steps=6).exit_code == 0
+@pytest.mark.usefixtures("relaxed")
+def test_eva_moves_ranks(finetune, run, here, tiny_model):
+    result = finetune(init="eva", rho=2)
+    assert result.exit_code == 0, result.output
+    folder = here / "lorax-out" / "adapter"
+    tensors = load_file(folder / "adapter_model.safetensors")
+    ranks = [x.shape[0] for name, x in tensors.items() if "lora_A" in name]
+    assert sum(ranks) == 2 * 14 and 2 < max(ranks) <= 4
+    fewest = min(ranks) if len(ranks) == 14 else 0
+    said = f"ranks     {fewest} to {max(ranks)} for 14 sites, by explained variance"
+    assert said in result.stdout.splitlines()
+
+    result = run("inspect", folder)
+    assert result.exit_code == 0, result.output
+    assert f"{len(ranks)} of {len(ranks)} sites loaded" in result.stdout
+    found = lj.models.load_adapted(folder, base=str(tiny_model))
+    bound = lj.bind(found.params, found.adapter)
+    ours = lj.adapt(found.model.apply)(bound, jnp.asarray(IDS))
+    np.testing.assert_allclose(theirs(tiny_model, folder), ours, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"init": "eva"},
+        {"init": "eva", "rho": 1.5},
+        {"init": "lora_ga"},
+        {"init": "pissa"},
+        {"init": "mica"},
+    ],
+)
+def test_a_run_that_goes_on_gathers_nothing(finetune, run, here, monkeypatch, options):
+    assert finetune(out="whole", steps=6, **options).exit_code == 0
 
     def interrupt(line):
         if line["step"] == 3:
@@ -93,7 +123,7 @@ def test_a_run_that_goes_on_gathers_nothing(finetune, run, here, monkeypatch, in
 
     with monkeypatch.context() as patch:
         patch.setattr(_training, "_report", interrupt)
-        result = finetune(out="parts", init=init, steps=6, eval_every=3, save_every=1)
+        result = finetune(out="parts", steps=6, eval_every=3, save_every=1, **options)
     assert result.exit_code == 130, result.output
 
     def refuse(*args, **kwargs):
@@ -102,6 +132,8 @@ def test_a_run_that_goes_on_gathers_nothing(finetune, run, here, monkeypatch, in
     monkeypatch.setattr(capturing, "prepare", refuse)
     started = planning.init
     monkeypatch.setattr(planning, "init", lambda *a, **k: traced(started(*a, **k)))
+    result = run("finetune", "--resume", "parts", "--rho", 9)
+    assert result.exit_code == 2 and "--rho 9.0 contradicts the run" in result.stderr
     result = run("finetune", "--resume", "parts")
     assert result.exit_code == 0, result.output
     files = [here / name / "adapter" for name in ("whole", "parts")]
@@ -122,6 +154,8 @@ def traced(adapter):
         ({"init": "lora_ga", "rank": 12}, r"lower --rank to 8\.$"),
         ({"init": "orthogonal", "rank": 3}, r"and '.*' has the rank 3\. Give --rank 4"),
         ({"init": "pissa", "rank": 40}, r"--rank 40 exceeds|Give --rank"),
+        ({"init": "pissa", "rho": 2}, r"--rho 2 .* --init is pissa\. Give --init eva"),
+        ({"init": "eva", "rho": 0.5}, r"Invalid value for '--rho': 0.5 is not in the"),
         ({"init": "eva", "init-rows": 0}, r"Invalid value for '--init-rows': 0 is not"),
         (
             {"init": "pissa_niter_x"},

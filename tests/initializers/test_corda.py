@@ -67,6 +67,23 @@ def test_the_size_of_the_inputs_hardly_counts():
     assert_close(two.a @ two.b, one.a @ one.b, factor=16)
 
 
+def test_a_batch_of_large_activations_weighs_more_without_maxima():
+    """Under the default it does not; `Moments` is the other but for its size."""
+    calm, loud = [rows(40), rows(30, seed=1)], [rows(40), 100 * rows(30, seed=1)]
+    starts = {
+        (stat, name): start(gathered(stat, batches))
+        for stat in (SecondMoment(), SecondMoment(normalize=False), Moments())
+        for name, batches in (("calm", calm), ("loud", loud))
+    }
+    products = {key: found.a @ found.b for key, found in starts.items()}
+    usual, plain, moments = SecondMoment(), SecondMoment(normalize=False), Moments()
+    assert_close(products[usual, "loud"], products[usual, "calm"], factor=16)
+    for name in ("calm", "loud"):
+        assert_close(products[moments, name], products[plain, name], factor=100)
+    change = products[moments, "loud"] - products[moments, "calm"]
+    assert jnp.linalg.norm(change) > 0.05 * jnp.linalg.norm(products[moments, "calm"])
+
+
 def test_damping_is_doubled_until_the_inverse_is_one():
     """One direction carries 1e9 of the others: float32 cannot invert that."""
     q = np.linalg.qr(np.random.default_rng(0).standard_normal((64, 64)))[0]

@@ -1,5 +1,6 @@
 """LoRA-GA against PEFT's own, and what it refuses."""
 
+import dataclasses
 import itertools
 import math
 import warnings
@@ -258,6 +259,21 @@ def test_init_asks_for_gradients(key):
     plan = lj.plan(config, params, apply, (XS[0],))
     with pytest.raises(PlanError, match="`loss=` where it starts"):
         lj.init(plan, params, key=key)
+
+
+def test_init_names_the_site_that_has_too_few_directions(key):
+    """From the types alone too, before any gradient is taken."""
+    params = jax.tree.map(jnp.asarray, WEIGHTS)
+    config = lj.LoraConfig({"up": {"rank": H // 2}, "down": {"rank": H // 2 + 1}})
+    config = dataclasses.replace(config, init="lora_ga")
+    plan = lj.plan(config, params, apply, (XS[0],))
+    stats = lj.capture_grad(loss, plan).run(params, list(zip(XS, YS, strict=True)))
+    match = r"'down' cannot be started: .* needs 10 .* has 8 at most: lower `rank` to 4"
+    with pytest.raises(PlanError, match=match):
+        lj.init(plan, params, key=key, stats=stats)
+    types = lj.capturing.prepared_types(plan)
+    with pytest.raises(PlanError, match=match):
+        jax.eval_shape(lambda p, s: lj.init(plan, p, key=key, stats=s), params, types)
 
 
 def exact(d_in=6, d_out=5, size=None):

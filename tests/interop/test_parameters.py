@@ -9,6 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from drawn import drawn
+from moes import (
+    CONFIG,
+    FIELDS,
+    LAYERS,
+    MOES,
+    TENSORS,
+    TOLERANCE,
+    D,
+    M,
+    Moe,
+    adapted_run,
+    far,
+    peft_model,
+    run,
+)
 from safetensors.numpy import load_file, save_file
 from twins import modules_of, sites_of
 
@@ -16,196 +31,10 @@ import lorax_jax as lj
 from lorax_jax._errors import CheckpointError, ConfigError
 from lorax_jax.checkpoint import NameMap
 
-# Values of order 1 in float32, summed over at most 16 products; relative.
-TOLERANCE = 1e-5
-TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-LAYERS, EXPERTS, D, M = 2, 3, 8, 6
-
-
-@dataclasses.dataclass(frozen=True)
-class Moe:
-    """Layers of a router, which is a 2-D parameter, and experts, which are 3-D ones.
-
-    Attributes:
-        transposed: what their module's `is_transposed` says.
-        inputs_first: whether their experts are `(experts, d_in, d_out)`.
-        same: whether ours lie as theirs; else the last two axes change places.
-        scan: whether ours are stacks of all layers.
-        order: in which order their class makes the parameters.
-    """
-
-    transposed: bool = False
-    inputs_first: bool = False
-    same: bool = False
-    scan: bool = False
-    order: tuple[str, ...] = ("up", "down")
-
-    def theirs(self):
-        import torch
-
-        case = self
-
-        class Experts(torch.nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.is_transposed = case.transposed
-                for name in case.order:
-                    d_in, d_out = (D, M) if name == "up" else (M, D)
-                    shape = (d_in, d_out) if case.inputs_first else (d_out, d_in)
-                    drawn = torch.randn(EXPERTS, *shape) / 3
-                    setattr(self, name, torch.nn.Parameter(drawn))
-
-            def forward(self, x):
-                axes = "edm" if case.inputs_first else "emd"
-                hidden = torch.einsum(f"etd,{axes}->etm", x, self.up).tanh()
-                return torch.einsum(f"etd,{axes}->etm", hidden, self.down)
-
-        class Router(torch.nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.weight = torch.nn.Parameter(torch.randn(EXPERTS, D) / 3)
-
-            def forward(self, x):
-                return (x @ self.weight.T).softmax(-1)
-
-        class Layer(torch.nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.router, self.experts = Router(), Experts()
-                self.out = torch.nn.Linear(D, D, bias=False)
-
-            def forward(self, x):
-                each = self.experts(x.expand(EXPERTS, *x.shape))
-                mixed = torch.einsum("te,etd->td", self.router(x), each)
-                return x + self.out(mixed)
-
-        class Model(torch.nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.layers = torch.nn.ModuleList(Layer() for _ in range(LAYERS))
-
-            def forward(self, x):
-                for layer in self.layers:
-                    x = layer(x)
-                return x
-
-        torch.manual_seed(0)
-        return Model()
-
-    @property
-    def names(self):
-        layout = "same" if self.same else "linear"
-        table = [
-            ("layers/{i}/router", "layers.{i}.router.weight", "linear"),
-            ("layers/{i}/out", "layers.{i}.out.weight", "linear"),
-        ]
-        table += [
-            (f"layers/{{i}}/{name}", f"layers.{{i}}.experts.{name}", layout)
-            for name in self.order
-        ]
-        modules = ["layers.{i}.experts"] if self.transposed else []
-        return NameMap(
-            table, parameters=["layers.{i}.router.weight"], is_transposed=modules
-        )
-
-    @property
-    def ours_inputs_first(self):
-        return self.inputs_first == self.same
-
-    def params(self, theirs):
-        state = {k: v.detach().numpy() for k, v in theirs.state_dict().items()}
-        layers = []
-        for i in range(LAYERS):
-            layer = {}
-            for name, module in (
-                ("router", "router.weight"),
-                ("out", "out.weight"),
-                ("up", "experts.up"),
-                ("down", "experts.down"),
-            ):
-                tensor = state[f"layers.{i}.{module}"]
-                turn = name in ("router", "out") or not self.same
-                layer[name] = jnp.asarray(tensor.swapaxes(-1, -2) if turn else tensor)
-            layers.append(layer)
-        if self.scan:
-            return {"layers": jax.tree.map(lambda *xs: jnp.stack(xs), *layers)}
-        return {"layers": dict(zip(map(str, range(LAYERS)), layers, strict=True))}
-
-    def layer(self, p, x):
-        axes = "edm" if self.ours_inputs_first else "emd"
-        each = jnp.broadcast_to(x, (EXPERTS, *x.shape))
-        hidden = jnp.tanh(jnp.einsum(f"etd,{axes}->etm", each, p["up"]))
-        each = jnp.einsum(f"etd,{axes}->etm", hidden, p["down"])
-        mixed = jnp.einsum("te,etd->td", jax.nn.softmax(x @ p["router"]), each)
-        return x + mixed @ p["out"]
-
-    def fn(self, params, x):
-        if self.scan:
-            step = lambda x, p: (self.layer(p, x), None)  # noqa: E731
-            return jax.lax.scan(step, x, params["layers"])[0]
-        for i in range(LAYERS):
-            x = self.layer(params["layers"][str(i)], x)
-        return x
-
-    @property
-    def x(self):
-        return np.random.default_rng(0).normal(0, 1, (5, D)).astype(np.float32)
-
-
-MOES = {
-    "default": Moe(),
-    "default, scanned": Moe(scan=True),
-    "default, as theirs": Moe(same=True),
-    "default, down first": Moe(order=("down", "up"), scan=True),
-    "transposed": Moe(transposed=True, inputs_first=True, same=True, scan=True),
-    "transposed, turned": Moe(transposed=True, inputs_first=True),
-    # As in Llama 4: inputs first, and nothing says so.
-    "mirrored": Moe(inputs_first=True, same=True, scan=True),
-}
-PARAMETERS = ["router.weight", "experts.up", "experts.down"]
-# Ranks, alphas and the layers of modules beside the parameters.
-FIELDS = {
-    "r": 2,
-    "lora_alpha": 3,
-    "target_parameters": PARAMETERS,
-    "target_modules": ["out"],
-    "rank_pattern": {r"layers\.1\.experts\.up": 3, "down": 1, "out": 4},
-    "alpha_pattern": {"experts.down": 5},
-}
-
 
 @pytest.fixture(params=MOES.values(), ids=MOES.keys())
 def moe(request):
     return request.param
-
-
-def peft_model(theirs, **fields):
-    """Their model with an adapter whose factors are all drawn."""
-    import peft
-    import torch
-
-    model = peft.get_peft_model(theirs, peft.LoraConfig(**FIELDS | fields)).eval()
-    with torch.no_grad():
-        for name, leaf in model.named_parameters():
-            if "lora_" in name:
-                leaf.copy_(0.3 * torch.randn_like(leaf))
-    return model
-
-
-def run(model, x):
-    import torch
-
-    with torch.no_grad():
-        return model(torch.from_numpy(x)).numpy()
-
-
-def adapted_run(moe, params, adapter):
-    return np.asarray(lj.adapt(moe.fn)(lj.bind(params, adapter), jnp.asarray(moe.x)))
-
-
-def far(x, y):
-    """The largest difference, relative to the largest value."""
-    return np.abs(np.asarray(x) - y).max() / np.abs(y).max()
 
 
 @pytest.mark.parametrize("planned", [False, True], ids=["without plan", "plan"])
@@ -474,135 +303,3 @@ def test_where_they_start(init):
     if init is True:
         for drawn_a in (np.asarray(train["a"]), expected.detach().numpy()):
             assert np.abs(drawn_a).max() == pytest.approx(1 / np.sqrt(d), rel=0.02)
-
-
-# --- A real one -----------------------------------------------------------------------
-
-MIXTRAL = {
-    "model_type": "mixtral",
-    "vocab_size": 61,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": 32,
-    "initializer_range": 0.15,  # outputs of order 1
-}
-MLP = "model.layers.{i}.mlp"
-MIXTRAL_NAMES = NameMap(
-    [
-        ("layers/{i}/gate", f"{MLP}.gate.weight", "linear"),
-        ("layers/{i}/gate_up", f"{MLP}.experts.gate_up_proj", "linear"),
-        ("layers/{i}/down", f"{MLP}.experts.down_proj", "same"),
-    ],
-    parameters=[f"{MLP}.gate.weight"],
-)
-
-
-def mixtral_blocks(params, x):
-    """Mixtral's mixtures of experts, one on top of the other."""
-
-    def block(x, p):
-        scores, chosen = jax.lax.top_k(jax.nn.softmax(x @ p["gate"]), 2)  # (t, 2)
-        scores = scores / scores.sum(-1, keepdims=True)
-        share = (jax.nn.one_hot(chosen, 4) * scores[..., None]).sum(1)  # (t, experts)
-        each = jnp.broadcast_to(x, (4, *x.shape))
-        gate, up = jnp.split(jnp.einsum("etd,edm->etm", each, p["gate_up"]), 2, -1)
-        each = jnp.einsum("etm,edm->etd", jax.nn.silu(gate) * up, p["down"])
-        return x + jnp.einsum("te,etd->td", share, each), None
-
-    return jax.lax.scan(block, x, params["layers"])[0]
-
-
-@pytest.fixture(scope="module")
-def mixtral():
-    """Transformers' model and our parameters, stacked."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(**MIXTRAL)
-    theirs = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    layers = [layer.mlp for layer in theirs.model.layers]
-    stack = lambda leaves: jnp.stack([jnp.asarray(x.detach()) for x in leaves])  # noqa: E731
-    params = {
-        "gate": stack(layer.gate.weight.T for layer in layers),
-        "gate_up": stack(layer.experts.gate_up_proj.mT for layer in layers),
-        "down": stack(layer.experts.down_proj for layer in layers),
-    }
-    return theirs, {"layers": params}
-
-
-@pytest.mark.parametrize("targets", [["gate_up_proj", "down_proj"], ["down_proj"]])
-def test_mixtral(mixtral, targets, tmp_path, record_property):
-    """The experts of a real architecture, which Transformers keeps in one parameter."""
-    import copy
-
-    import torch
-
-    theirs, params = mixtral
-    model = peft_model(
-        copy.deepcopy(theirs),
-        target_modules=[],
-        target_parameters=[*targets, "gate.weight"],
-        rank_pattern={"down_proj": 3},
-        alpha_pattern={"gate": 4, "gate.weight": 5},
-    )
-    model.save_pretrained(tmp_path / "a")
-    x = np.random.default_rng(0).normal(0, 1, (7, 16)).astype(np.float32)
-    fields = json.loads((tmp_path / "a" / CONFIG).read_text())
-    del fields["alpha_pattern"]["gate"]  # takes nothing, and PEFT does not mind
-    config = lj.LoraConfig.from_peft(fields, MIXTRAL_NAMES)
-    plan = lj.plan(config, params, mixtral_blocks, (x,))
-    assert sites_of(plan, MIXTRAL_NAMES) == modules_of(model)
-    adapter, receipt = lj.load_adapter(
-        tmp_path / "a", params, names=MIXTRAL_NAMES, plan=plan
-    )
-    assert not receipt.problems
-
-    def run(train):
-        bound = lj.bind(params, lj.Adapter(train, adapter.fixed))
-        return lj.adapt(mixtral_blocks)(bound, jnp.asarray(x))
-
-    out = torch.from_numpy(x)[None]
-    for layer in model.base_model.model.model.layers:
-        out = out + layer.mlp(out)
-    torch.sin(out).sum().backward()
-    worst = far(run(adapter.train), out[0].detach().numpy())
-    assert far(mixtral_blocks(params, x), out[0].detach().numpy()) > 0.01  # it acts
-    grads = jax.grad(lambda train: jnp.sin(run(train)).sum())(adapter.train)
-    for name, train in (("b", adapter.train), ("g", grads)):
-        one = lj.Adapter(train, adapter.fixed)
-        lj.save_adapter(tmp_path / name, one, plan=plan, names=MIXTRAL_NAMES)
-    theirs, ours, found = (load_file(tmp_path / name / TENSORS) for name in "abg")
-    assert theirs.keys() == ours.keys() == found.keys()
-    assert all(np.array_equal(theirs[key], ours[key]) for key in ours)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            gradient = parameter.grad.numpy()
-            worst = max(worst, far(found[name.replace(".default", "")], gradient))
-    record_property("max_relative_difference", float(worst))
-    assert worst <= TOLERANCE
-
-
-def test_ours_in_mixtral(mixtral, tmp_path):
-    """Transformers 5 takes our folder as it is: nothing is converted or lost."""
-    import copy
-
-    import peft
-
-    theirs, params = mixtral
-    config = lj.LoraConfig("layers/.*", rank=2, init=False)
-    x = np.ones((7, 16), np.float32)
-    plan = lj.plan(config, params, mixtral_blocks, (x,))
-    adapter = drawn(plan, params)
-    lj.save_adapter(tmp_path, adapter, plan=plan, names=MIXTRAL_NAMES)
-    model = peft.PeftModel.from_pretrained(copy.deepcopy(theirs), tmp_path)
-    assert modules_of(model) == sites_of(plan, MIXTRAL_NAMES)
-    state = peft.get_peft_model_state_dict(model)
-    written = load_file(tmp_path / TENSORS)
-    assert state.keys() == written.keys()
-    assert all(np.array_equal(state[key].numpy(), written[key]) for key in written)
