@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lorax_jax import models
@@ -36,14 +35,14 @@ def tiny(head, scan=False):
     plain = models.from_config(BERT | HEADS[head])
     draw = np.random.default_rng(0)
     params = jax.tree.map(
-        lambda leaf: jnp.asarray(
+        lambda leaf: np.asarray(
             (leaf.ndim == 1) + 0.15 * draw.normal(size=leaf.shape), leaf.dtype
         ),
         plain.abstract(),
     )
     if not scan:
-        return plain, params
+        return plain, jax.device_put(params)
     stack = [params["encoder"]["layer"][str(i)] for i in range(plain.num_layers)]
-    layer = jax.tree.map(lambda *leaves: jnp.stack(leaves), *stack)
+    layer = jax.tree.map(lambda *leaves: np.stack(leaves), *stack)
     scanned = models.from_config(BERT | HEADS[head], scan_layers=True)
-    return scanned, params | {"encoder": {"layer": layer}}
+    return scanned, jax.device_put(params | {"encoder": {"layer": layer}})

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from helpers import on_device
 from hypothesis import strategies as st
 from jax import lax
 
@@ -35,7 +36,7 @@ R, MOST_AXES, MOST_ENTRIES = 2, 6, 200
 def whole(seed, shape):
     """Integers from -3 to 3, none of them zero."""
     values = np.random.default_rng(seed).choice([-3, -2, -1, 1, 2, 3], shape)
-    return jnp.asarray(values, jnp.float32)
+    return on_device(values)
 
 
 def make(shape, a, b, scale=(), seed=0):
@@ -240,7 +241,7 @@ def scaled(draw, w):
     axes = tuple(axis for axis in w.long if draw(st.booleans()))
     values = whole(draw(st.integers(0, 99)), [w.shape[axis] for axis in axes])
     if divides := draw(st.booleans()):
-        values = jnp.exp2(jnp.clip(values, -1, 1))
+        values = on_device(np.exp2(np.clip(values, -1, 1)))
     by, here = (lax.div, np.divide) if divides else (lax.mul, np.multiply)
     missing = tuple(i for i in range(len(w.shape)) if i not in axes)
     refusal = None

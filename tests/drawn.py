@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 import numpy as np
+from helpers import on_device
 
 import lorax_jax as lj
 from lorax_jax import _paths
@@ -41,7 +42,7 @@ def drawn(plan, params=None, size=0.3, seed=0):
         for i, site in enumerate(slot.sites):
             if site is not None:
                 _fill(slot, site, i, arrays, size, seed)
-        train[slot.name] = {n: jnp.asarray(x, jnp.float32) for n, x in arrays.items()}
+        train[slot.name] = {n: on_device(x) for n, x in arrays.items()}
         values = _fixed(slot)
         if slot.role.kind == "dora":
             values["norm"] = base_norm(leaves[slot.role.path], slot.role)
@@ -74,14 +75,14 @@ def _fill(slot, site, i, arrays, size, seed):
 
 def _fixed(slot):
     if slot.role.kind == "rows":
-        return {"ids": jnp.asarray(slot.ids, jnp.int32)}
+        return {"ids": on_device(slot.ids, jnp.int32)}
     if slot.role.kind == "whole":
         some = len(slot.adapted) < len(slot.sites)
-        return {"layers": jnp.asarray(slot.adapted, jnp.int32)} if some else {}
+        return {"layers": on_device(slot.adapted, jnp.int32)} if some else {}
 
     def over_layers(name, dtype):
         values = [getattr(site, name) if site else 0 for site in slot.sites]
-        return jnp.asarray(values, dtype).reshape(slot.layers)
+        return on_device(np.reshape(values, slot.layers), dtype)
 
     values = {
         "scale": over_layers("scale", jnp.float32),

@@ -12,16 +12,22 @@ from lorax_jax.adapters import Adapted, Fixed, Role
 from lorax_jax.transform._jaxpr import equations
 
 
-def numbers(key, shape, dtype=jnp.float32):
-    """Normal numbers, drawn by NumPy, which compiles nothing."""
+def on_device(values, dtype=jnp.float32):
+    """A NumPy array on the device: `jnp.asarray` compiles a program for each shape."""
+    return jax.device_put(np.asarray(values, dtype))
+
+
+def numbers(key, shape, dtype=jnp.float32, scale=1.0):
+    """Normal numbers of this size, drawn by NumPy, which compiles nothing."""
     seed = np.asarray(jax.random.key_data(key)).tolist()
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape).astype(dtype))
+    values = np.random.default_rng(seed).standard_normal(shape) * scale
+    return on_device(values, dtype)
 
 
 def draw(key, shape, dtype=jnp.float32):
     """A weight with entries of size `1 / sqrt(first axis)`."""
     values = np.asarray(numbers(key, shape)) / np.sqrt(max(shape[0], 1))
-    return jnp.asarray(values.astype(dtype))
+    return on_device(values, dtype)
 
 
 def random_adapter(key, params, roles, *, rank=3, scale=0.5, dtype=jnp.float32):
@@ -64,7 +70,7 @@ def dense_params(params, adapters):
                 role.batch,
                 role.groups,
             )
-            out[role.path] = jnp.asarray(built, jnp.float32)
+            out[role.path] = on_device(built)
     return out
 
 

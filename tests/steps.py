@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from helpers import assert_close
+from helpers import assert_close, on_device
 
 import lorax_jax as lj
 
@@ -15,7 +15,7 @@ def drawn(shapes):
 
     def leaf(shape):
         values = (len(shape.shape) == 1) + 0.3 * draw.normal(size=shape.shape)
-        return jnp.asarray(values, shape.dtype)
+        return on_device(values, shape.dtype)
 
     return jax.tree.map(leaf, shapes)
 

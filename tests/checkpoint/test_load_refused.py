@@ -57,7 +57,7 @@ def _poison(tensors, key, draw):
 
 
 @pytest.mark.parametrize("writer", ["ours", "peft"])
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_whatever_is_changed_is_named(make, peft_made, tmp_path_factory, writer, data):
     scan = data.draw(st.booleans())

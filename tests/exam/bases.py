@@ -6,6 +6,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from helpers import on_device
 
 from lorax_jax.quant import Base
 from lorax_jax.replication import Replicated
@@ -59,7 +61,8 @@ class ToyInt8(Base):
 
 def _one_layer(weight, role):
     """As inside a step of a scan: the second layer of a stack, already chosen."""
-    stack = jnp.stack([weight + 1.0, weight, weight - 1.0])
+    weight = np.asarray(weight)
+    stack = on_device(np.stack([weight + 1, weight, weight - 1]))
     return Replicated(
         Factor(stack, (LAYER, *range(weight.ndim))), Factor(jnp.int32(1), ())
     )

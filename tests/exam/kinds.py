@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from helpers import random_adapter
+import numpy as np
+from helpers import numbers, on_device, random_adapter
 
 import lorax_jax as lj
 from lorax_jax.adapters import Fixed, takes_inputs
@@ -146,7 +147,7 @@ def _from_start(key, params, role):
     (adapter,), (start,) = _one(first, params, role), _one(second, params, role)
     begun = {f"{name}0": start.train[role.name][name] for name in ("a", "b")}
     moved = {
-        name: begun[f"{name}0"] + 0.5 * value
+        name: on_device(np.asarray(begun[f"{name}0"]) + 0.5 * np.asarray(value))
         for name, value in adapter.train[role.name].items()
     }
     fixed = Fixed(role, {**adapter.fixed[role.name], **begun})
@@ -164,15 +165,15 @@ def _frozen(key, params, role):
 def _magnitudes(key, params, role):
     role = dataclasses.replace(role, kind="dora")
     (adapter,) = _one(key, params, role)
-    weight = taken(params[role.path], role)
-    norm = jnp.sqrt(jnp.sum(weight**2, axis=role.inputs, keepdims=True))
+    weight = taken(np.asarray(params[role.path]), role)
+    norm = np.sqrt(np.sum(weight**2, axis=role.inputs, keepdims=True))
     order = (*role.batch, *role.outputs, *role.inputs)
-    norm = jnp.transpose(norm, order)
-    norm = jnp.squeeze(norm, tuple(range(-len(role.inputs), 0)))
-    change = 1 + 0.2 * jax.random.normal(jax.random.fold_in(key, 9), norm.shape)
-    adapter.train[role.name]["magnitude"] = norm * change
+    norm = np.transpose(norm, order)
+    norm = np.squeeze(norm, tuple(range(-len(role.inputs), 0)))
+    change = 1 + 0.2 * np.asarray(numbers(jax.random.fold_in(key, 9), norm.shape))
+    adapter.train[role.name]["magnitude"] = on_device(norm * change)
     fixed = adapter.fixed[role.name]
-    adapter.fixed[role.name] = Fixed(role, {**fixed, "norm": norm})
+    adapter.fixed[role.name] = Fixed(role, {**fixed, "norm": on_device(norm)})
     return [adapter]
 
 
@@ -184,7 +185,7 @@ def _lora_then_dora(key, params, role):
 def _two_rows(key, params, role):
     role = dataclasses.replace(role, kind="rows")
     width = role.sizes(params[role.path].shape, role.outputs)
-    rows = jax.random.normal(key, (2, *width))
+    rows = numbers(key, (2, *width))
     fixed = Fixed(role, {"ids": jnp.array([1, 4])})
     return [lj.Adapter({role.name: {"rows": rows}}, {role.name: fixed})]
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from bases import FORMS
-from helpers import Counter, assert_close, made_shapes, numbers, primitives
+from helpers import Counter, assert_close, made_shapes, numbers, on_device, primitives
 from kinds import KINDS, dense
 from layouts import LAYOUTS, ROWS
 
@@ -26,7 +26,7 @@ class Case:
 
     def __post_init__(self):
         keys = jax.random.split(jax.random.key(7), 3)
-        weight = numbers(keys[0], self.layout.weight) / 2.0
+        weight = numbers(keys[0], self.layout.weight, scale=0.5)
         self.params = {
             "w": self.form.make(weight, self.layout.role),
             "other": jnp.ones(2),
@@ -69,7 +69,7 @@ class Case:
             leaves = jax.tree.leaves(out)
             return sum(jnp.sum(jnp.sin(leaf / 8)) for leaf in leaves), out
 
-        return jax.jit(self.layout.grad(loss, has_aux=True))
+        return self.layout.grad(loss, has_aux=True)
 
     def fn(self, params, x):
         return self.layout.fn(params["w"], x)
@@ -127,19 +127,27 @@ exam_of_types = _exam(lambda layout, kind, form: kind.alone)
 @exam
 def test_answers_and_gradients(case):
     """Those of the dense weight, built the slow way; and merging builds it too."""
+
+    # Two programs, for a compiler takes its time over each.
+    @jax.jit
+    def slow(trains):
+        weight = dense(case.plain["w"], case.adapters_of(trains))
+        return case.graded(case.slow)(trains), weight
+
+    @jax.jit
+    def fast(trains, params):
+        before = jax.tree.leaves(params)
+        merged = lj.merge(params, *case.adapters_of(trains))
+        after = jax.tree.leaves(params)
+        assert all(x is y for x, y in zip(before, after, strict=True))
+        return case.graded(case.adapted)(trains), merged["w"]
+
     with jax.numpy_rank_promotion("allow"):
-        grads, answer = case.graded(case.slow)(case.trains)
-        built = jax.jit(lambda trains: dense(case.plain["w"], case.adapters_of(trains)))
-        weight = built(case.trains)
-    got_grads, got = case.graded(case.adapted)(case.trains)
+        (grads, answer), weight = slow(case.trains)
+    (got_grads, got), merged = fast(case.trains, case.params)
     case.close(got, answer)
     case.close(got_grads, grads, factor=8)
-
-    before = jax.tree.leaves(case.params)
-    merged = jax.jit(lj.merge)(case.params, *case.adapters)
-    assert_close(merged["w"], weight, length=case.length)
-    after = jax.tree.leaves(case.params)
-    assert all(x is y for x, y in zip(before, after, strict=True))
+    assert_close(merged, weight, length=case.length)
 
 
 @exam_of_one
@@ -161,8 +169,11 @@ def test_under_remat_and_scan(case):
         once = case.adapted(trains)
         return jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), once)
 
-    grads, answer = case.graded(twice)(case.trains)
-    got_grads, got = case.graded(scanned)(case.trains)
+    @jax.jit
+    def both(trains):
+        return case.graded(twice)(trains), case.graded(scanned)(trains)
+
+    (grads, answer), (got_grads, got) = both(case.trains)
     case.close(got, answer)
     case.close(got_grads, grads, factor=8)
 
@@ -202,6 +213,11 @@ def _weight_shapes(case):
     return {shape for shape in shapes if len(shape) > 1}  # vectors are no matrices
 
 
+def _times(x, number):
+    """By NumPy, which compiles nothing."""
+    return on_device(np.asarray(x) * np.asarray(number, x.dtype), x.dtype)
+
+
 @exam_of_types
 def test_no_recompilation(case):
     """Other values of A, B, scale and weight: the same compiled program."""
@@ -209,11 +225,11 @@ def test_no_recompilation(case):
     traced = Counter(lambda params, x: adapted(params, x))
     step = jax.jit(traced)
     for i in range(3):
-        adapters = jax.tree.map(lambda x, i=i: x * (i + 1), case.adapters)
+        adapters = jax.tree.map(lambda x, i=i: _times(x, i + 1), case.adapters)
         weights = None
         if case.kind.name in ("lora", "two_lora"):  # others have no multiple
             weights = [jnp.float32(i)] * len(adapters)
-        step(lj.bind(case.params, *adapters, weights=weights), case.x)
+        step.trace(lj.bind(case.params, *adapters, weights=weights), case.x)
     assert traced.calls == 1
 
 
@@ -232,24 +248,32 @@ def test_eager_calls(case):
 def test_vmap_over_adapters(case):
     """A leading axis on the adapters alone: one base, many adapters."""
     many = jax.tree.map(lambda x: np.stack([x, 2 * x]), case.trains)
-    got = jax.jit(jax.vmap(case.adapted))(many)
-    run = jax.jit(case.adapted)
-    for i in range(2):
-        row = jax.tree.map(lambda leaf, i=i: leaf[i], got)
-        one = jax.tree.map(lambda leaf, i=i: leaf[i], many)
-        case.close(row, run(one), factor=8)
+    for got, wanted in _mapped_and_in_turn(case.adapted, many):
+        case.close(got, wanted, factor=8)
+
+
+def _mapped_and_in_turn(fn, *args):
+    """Pairs of results, for each row of the last argument: by `vmap`, and alone."""
+    *same, many = args
+    axes = (*(None for _ in same), 0)
+
+    @jax.jit
+    def both(same, many):
+        rows = [jax.tree.map(lambda x, i=i: x[i], many) for i in range(2)]
+        alone = jax.jit(fn)
+        return jax.vmap(fn, axes)(*same, many), [alone(*same, row) for row in rows]
+
+    mapped, rows = jax.device_get(both(same, many))
+    for i, row in enumerate(rows):
+        yield jax.tree.map(lambda x, i=i: x[i], mapped), row
 
 
 @exam_of_maps
 def test_vmap_over_inputs(case):
     """A leading axis on the input alone."""
     many = np.stack([case.x, case.x[::-1]])
-    adapted = lj.adapt(case.fn)
-    got = jax.jit(jax.vmap(adapted, in_axes=(None, 0)))(case.bound(), many)
-    run = jax.jit(adapted)
-    for i in range(2):
-        row = jax.tree.map(lambda leaf, i=i: leaf[i], got)
-        case.close(row, run(case.bound(), many[i]))
+    for got, wanted in _mapped_and_in_turn(lj.adapt(case.fn), case.bound(), many):
+        case.close(got, wanted)
 
 
 @pytest.mark.parametrize(

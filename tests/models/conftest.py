@@ -126,17 +126,18 @@ def tiny():
         plain = models.from_config(FAMILIES[name])
         draw = np.random.default_rng(0)
         params = jax.tree.map(
-            lambda leaf: jnp.asarray(
+            lambda leaf: np.asarray(
                 (leaf.ndim == 1) + 0.15 * draw.normal(size=leaf.shape), leaf.dtype
             ),
             plain.abstract(),
         )
         if not scan_layers:
-            return plain, params
+            return plain, jax.device_put(params)
         layers = "h" if name.startswith("gpt2") else "layers"
         stack = [params[layers][str(i)] for i in range(plain.num_layers)]
-        params[layers] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *stack)
-        return models.from_config(FAMILIES[name], scan_layers=True), params
+        params[layers] = jax.tree.map(lambda *leaves: np.stack(leaves), *stack)
+        model = models.from_config(FAMILIES[name], scan_layers=True)
+        return model, jax.device_put(params)
 
     return make
 

@@ -150,15 +150,24 @@ def test_roles_and_answers(layout):
     assert role.stack == len(layout.roles("l"))
     assert len(plan) == (layout.size("l") if "l" in layout.kinds else 1)
 
-    train, fixed = lj.init(plan, params, key=jax.random.key(0))
-    factors = {k: whole(i, v.shape) for i, (k, v) in enumerate(train["w"].items(), 2)}
-    bound = lj.bind(params, lj.Adapter({"w": factors}, fixed))
-    answer = jax.jit(lj.adapt(fn))(bound, x)
+    def init():
+        return lj.init(plan, params, key=jax.random.key(0))
+
+    shapes = jax.eval_shape(init).train["w"]
+    factors = {k: whole(i, v.shape) for i, (k, v) in enumerate(shapes.items(), 2)}
+
+    @jax.jit
+    def run(params, factors, x):
+        fixed = init().fixed
+        bound = lj.bind(params, lj.Adapter({"w": factors}, fixed))
+        return lj.adapt(fn)(bound, x), fixed["w"]["scale"]
+
+    answer, scale = run(params, factors, x)
     built = dense(
         params["w"],
         factors["a"],
         factors["b"],
-        fixed["w"]["scale"],
+        scale,
         role.inputs,
         role.outputs,
         role.batch,

@@ -51,7 +51,7 @@ def made(family, scan):
 
 def first(model):
     """The first array of what a model gives, for every family."""
-    return lambda params, ids: jax.tree.leaves(model.apply(params, ids))[0]
+    return jax.jit(lambda params, ids: jax.tree.leaves(model.apply(params, ids))[0])
 
 
 def copied(model, params, scan):

@@ -24,7 +24,7 @@ from lorax_jax.structure import (
 )
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_chain(data):
     shape, term, steps = program(data.draw)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import primitives
+from helpers import on_device, primitives
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
@@ -51,7 +51,7 @@ def drawn(seed, part, shape, axes):
     along = part.viewed(axes)
     sizes = [part.shape(shape)[axis] for axis in along]
     values = np.random.default_rng(seed).choice([-3, -2, -1, 1, 2, 3], [*sizes, R])
-    return Factor(jnp.asarray(values, jnp.float32), (*along, RANK))
+    return Factor(on_device(values), (*along, RANK))
 
 
 def product(a, b, axes):
@@ -76,14 +76,19 @@ def test_laid_factors_make_the_laid_product(data):
     view, box = boxed(part, shape)
     wanted = np.zeros(view, np.float32)
     wanted[box] = product(a, b, len(view))
-    laid_a, laid_b = part.lay(a, shape), part.lay(b, shape)
+    whole = Factor(on_device(wanted.reshape(shape)), tuple(range(len(shape))))
+
+    @jax.jit
+    def run(a, b, whole):
+        laid = part.lay(a, shape), part.lay(b, shape)
+        return laid, [part.take(factor, shape) for factor in (*laid, whole)]
+
+    (laid_a, laid_b), (back_a, back_b, back) = run(a, b, whole)
     assert set(laid_a.axes) == {*inputs, RANK} and set(laid_b.axes) == {*outputs, RANK}
     found = product(laid_a, laid_b, len(shape))
     np.testing.assert_array_equal(found, wanted.reshape(shape))
-    whole = part.take(Factor(jnp.asarray(found), tuple(range(len(shape)))), shape)
-    np.testing.assert_array_equal(whole.array, product(a, b, len(view)))
-    for factor, laid in ((a, laid_a), (b, laid_b)):
-        back = part.take(laid, shape)
+    np.testing.assert_array_equal(back.array, product(a, b, len(view)))
+    for factor, back in ((a, back_a), (b, back_b)):
         assert back.axes == factor.axes
         np.testing.assert_array_equal(back.array, factor.array)
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import equations
+from helpers import equations, on_device
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jax import lax
@@ -31,7 +31,7 @@ R = 5
 def whole(seed, shape):
     """Integers from -3 to 3, none of them zero."""
     values = np.random.default_rng(seed).choice([-3, -2, -1, 1, 2, 3], shape)
-    return jnp.asarray(values, jnp.float32)
+    return on_device(values)
 
 
 def einsum(wanted, shape, *pieces):
@@ -221,7 +221,8 @@ def test_arrange(data):
     wanted = data.draw(st.permutations(everything))[: data.draw(st.integers(0, 4))]
     y, shape = whole(0, shape_of(labels)), shape_of(wanted)
     expected = einsum(wanted, shape, (y, labels))
-    np.testing.assert_array_equal(arrange(y, labels, wanted, shape), expected)
+    found = jax.jit(lambda y: arrange(y, labels, wanted, shape))(y)
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_arrange_leaves_alone_what_lies_right():
@@ -244,7 +245,7 @@ def test_lookup_in_two_thin_steps(data):
     ids_labels = [("x", i) for i in range(len(ids_shape))]
     rest = [i for i in range(ndim) if i != axis]
     out = data.draw(st.permutations([*ids_labels, *rest]))
-    take, indices = Take(axis, tuple(out)), jnp.asarray(ids)[..., None]
+    take, indices = Take(axis, tuple(out)), ids[..., None]
 
     pieces = [(whole(i, shape_of(names)), names) for i, names in enumerate((a, b))]
     dense = einsum(tuple(range(ndim)), SIZES[:ndim], *pieces)
@@ -254,10 +255,14 @@ def test_lookup_in_two_thin_steps(data):
     rows = np.moveaxis(dense, axis, 0)[ids]
     expected = einsum(out, shape, (rows, [*ids_labels, *rest]))
 
-    down, up = (Factor(jnp.asarray(array), names) for array, names in pieces)
-    like = jnp.zeros(shape)
-    np.testing.assert_array_equal(take.low_rank(indices, down, up, like), expected)
-    np.testing.assert_array_equal(take.dense(indices, jnp.asarray(dense)), expected)
+    @jax.jit
+    def run(indices, down, up, table):
+        thin = take.low_rank(indices, down, up, jnp.zeros(shape))
+        return thin, take.dense(indices, table)
+
+    factored = (Factor(array, names) for array, names in pieces)
+    for found in run(indices, *factored, dense.astype(np.float32)):
+        np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
