@@ -19,7 +19,7 @@ class Products(NamedTuple):
     times: Callable[[jax.Array], jax.Array]
     turned: Callable[[jax.Array], jax.Array]
 
-    def upright(self, shape: tuple[int, int]) -> "Products":
+    def upright(self, shape: tuple[int, ...]) -> "Products":
         """Those of the matrix or of its transpose, whichever is not wide."""
         return self if shape[0] >= shape[1] else Products(self.turned, self.times)
 

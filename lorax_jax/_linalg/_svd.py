@@ -24,6 +24,7 @@ from ._products import (
     products,
     sized,
 )
+from ._signs import signs
 
 # Where |W^T u - s v| is then above this share of the largest singular value, the matrix
 # is decomposed in full.
@@ -156,7 +157,7 @@ def _full(w: jax.Array, k: int) -> Svd:
     return _signed(Svd(u[:, :k], s[:k], vt[:k].T))
 
 
-def within(both: Products, shape: tuple[int, int], block: jax.Array, k: int) -> Svd:
+def within(both: Products, shape: tuple[int, ...], block: jax.Array, k: int) -> Svd:
     """The best triplets whose vectors of the smaller side lie in the span of a block.
 
     Args:
@@ -182,7 +183,5 @@ def _complete(found: Svd) -> jax.Array:
 
 def _signed(found: Svd) -> Svd:
     """With the largest entry of each right vector positive."""
-    at = jnp.argmax(jnp.abs(found.v), axis=0)
-    largest = jnp.take_along_axis(found.v, at[None], axis=0)
-    sign = jnp.where(largest < 0, -1.0, 1.0).astype(jnp.float32)  # (1, k)
+    sign = signs(found.v)
     return Svd(found.u * sign, found.s, found.v * sign)

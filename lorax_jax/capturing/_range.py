@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from .._linalg import signs
 from ..statistics import GradientFactors
 
 
@@ -44,8 +45,7 @@ def _triplets(y: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def _signed(u: jax.Array, s: jax.Array, v: jax.Array) -> GradientFactors:
-    largest = jnp.argmax(jnp.abs(u), axis=-2, keepdims=True)
-    sign = jnp.sign(jnp.take_along_axis(u, largest, axis=-2))  # (*n, 1, size)
+    sign = signs(u)
     return GradientFactors(u * sign, s, v * sign.mT)
 
 

@@ -64,6 +64,7 @@ class Method:
         stat: the statistic that is gathered for it where the user names none; the type
             `GradientFactors` of one that reads gradients.
         multiple: what the rank must be a multiple of.
+        directions: how many directions of the weight each rank takes.
         lookup: what starts an embedding table instead; `None` takes `start`.
         nested: whether the factors of a rank are the first columns of A, and rows of
             B, of those of every larger one. Layers and weights of one shape are then
@@ -77,6 +78,7 @@ class Method:
     freezes: tuple[str, ...] = ()
     stat: Any = None
     multiple: int = 1
+    directions: int = 1
     lookup: Callable[..., Start] | None = None
     nested: bool = False
     options: type | None = None

@@ -83,7 +83,7 @@ class LoraGa:
 register_options("lora_ga", Options(LoraGa, LoraGa.from_peft, LoraGa.to_peft))
 
 
-@register("lora_ga", reads="stats", stat=GradientFactors, options=LoraGa)
+@register("lora_ga", reads="stats", stat=GradientFactors, directions=2, options=LoraGa)
 def lora_ga(
     weight: Float[Array, "d_in d_out"] | jax.ShapeDtypeStruct,
     *,

@@ -23,7 +23,9 @@ def check_inits(config: LoraConfig) -> None:
             ) from None
 
 
-def check_method(init: Any, name: str, rank: int, alpha: float) -> initializers.Method:
+def check_method(
+    init: Any, name: str, rank: int, alpha: float, most: int
+) -> initializers.Method:
     """The initializer of a site, which must be able to start it.
 
     Args:
@@ -31,11 +33,25 @@ def check_method(init: Any, name: str, rank: int, alpha: float) -> initializers.
         name: the site's, for the message.
         rank: the site's.
         alpha: the site's.
+        most: how many directions the site's weight has.
 
     Raises:
         PlanError: if it has no such rank, or no such scale.
     """
     method = initializers.method(init)
+    if method.directions * rank > most:
+        fits = most // method.directions
+        raise PlanError(
+            f"`init` = {init!r} takes {method.directions} directions for each rank, "
+            f"and {name!r} has the rank {rank} and {most} directions. "
+            + (
+                f"Lower `rank` for this site: targets={{{name!r}: {{'rank': {fits}}}, "
+                "...}"
+                if fits
+                else f"Give it another `init`: targets={{{name!r}: {{'init': True}}, "
+                "...}"
+            )
+        )
     if rank % method.multiple:
         raise PlanError(
             f"`init` = {init!r} needs ranks that are multiples of {method.multiple}, "

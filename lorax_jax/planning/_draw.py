@@ -183,9 +183,7 @@ def _cut(
     """Factors of rank `slot.rank`, zero beyond the rank of each layer."""
     ranks = jnp.asarray([_of(slot, i).rank for i in layers])
 
-    def cut(value, axis):
-        if value is None:
-            return None
+    def cut(value: jax.Array, axis: int) -> jax.Array:
         axis += value.ndim
         if rank > slot.rank:
             value = lax.slice_in_dim(value, 0, slot.rank, axis=axis)
@@ -197,8 +195,9 @@ def _cut(
         kept = lax.broadcasted_iota(jnp.int32, value.shape, axis) < ahead
         return jnp.where(kept, value, 0)
 
-    a, b, a0, b0 = found
-    return initializers.Start(cut(a, -1), cut(b, -2), cut(a0, -1), cut(b0, -2))
+    axes = {"a": -1, "b": -2, "a0": -1, "b0": -2}
+    given = {n: x for n, x in found._asdict().items() if x is not None}
+    return found._replace(**{n: cut(x, axes[n]) for n, x in given.items()})
 
 
 def _gathered(slot: Slot, made: list[Any], name: str, dtype: Any) -> jax.Array:

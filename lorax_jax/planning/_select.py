@@ -224,7 +224,7 @@ class Selection:
             )
         init = True if rule.init is None else rule.init
         name = named(candidate.path, role.suffix)
-        method = check_method(init, name, rule.rank, rule.alpha)
+        method = check_method(init, name, rule.rank, rule.alpha, most)
         vectors = (role.kind == "dora") + self._has_bias(role)
         return Site(
             path=candidate.path,

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._linalg import eigh_top
+from .._linalg import eigh_top, signs
 
 
 def leading(
@@ -34,9 +34,7 @@ def leading(
 
 def upright(vectors: Float[Array, "d k"]) -> Float[Array, "d k"]:
     """The columns with signs such that the entry of largest size is positive."""
-    at = jnp.abs(vectors).argmax(0)
-    largest = jnp.take_along_axis(vectors, at[None], axis=0)  # (1, k)
-    return vectors * jnp.where(largest < 0, -1.0, 1.0)
+    return vectors * signs(vectors)
 
 
 def random_columns(d: int, k: int, *, seed: int) -> Float[Array, "d k"]:

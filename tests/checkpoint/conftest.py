@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from drawn import drawn
-from kinds import CASES, OURS
+from kind_files import CASES, OURS
 from safetensors.numpy import load_file, save_file
 
 import lorax_jax as lj

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kinds import CASES, RULES
+from kind_files import CASES, RULES
 from safetensors.numpy import load_file
 
 import lorax_jax as lj

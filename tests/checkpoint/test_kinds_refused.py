@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from drawn import drawn
-from kinds import CASES, CONFIG, STEM, TENSORS, config_of
+from kind_files import CASES, CONFIG, STEM, TENSORS, config_of
 from safetensors.numpy import save_file
 
 import lorax_jax as lj

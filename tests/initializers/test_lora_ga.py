@@ -1,6 +1,5 @@
 """LoRA-GA against PEFT's own, and what it refuses."""
 
-import dataclasses
 import itertools
 import math
 import warnings
@@ -261,19 +260,20 @@ def test_init_asks_for_gradients(key):
         lj.init(plan, params, key=key)
 
 
-def test_init_names_the_site_that_has_too_few_directions(key):
-    """From the types alone too, before any gradient is taken."""
+def test_plan_names_the_site_that_has_too_few_directions():
     params = jax.tree.map(jnp.asarray, WEIGHTS)
-    config = lj.LoraConfig({"up": {"rank": H // 2}, "down": {"rank": H // 2 + 1}})
-    config = dataclasses.replace(config, init="lora_ga")
-    plan = lj.plan(config, params, apply, (XS[0],))
-    stats = lj.capture_grad(loss, plan).run(params, list(zip(XS, YS, strict=True)))
-    match = r"'down' cannot be started: .* needs 10 .* has 8 at most: lower `rank` to 4"
+    ranks = {"up": {"rank": H // 2}, "down": {"rank": H // 2 + 1}}
+    config = lj.LoraConfig(ranks, init="lora_ga")
+    match = (
+        "`init` = 'lora_ga' takes 2 directions for each rank, and 'down' has the rank "
+        r"5 and 8 directions\. Lower `rank` for this site: .*'rank': 4"
+    )
     with pytest.raises(PlanError, match=match):
-        lj.init(plan, params, key=key, stats=stats)
-    types = lj.capturing.prepared_types(plan)
-    with pytest.raises(PlanError, match=match):
-        jax.eval_shape(lambda p, s: lj.init(plan, p, key=key, stats=s), params, types)
+        lj.plan(config, params, apply, (XS[0],))
+    config = lj.LoraConfig("w", rank=1, init=LoraGa("ArBr"))
+    one, roles = {"w": jnp.ones((3, 1))}, {"w": {"inputs": (0,), "outputs": (1,)}}
+    with pytest.raises(PlanError, match="has the rank 1 and 1 .* Give it another"):
+        lj.plan(config, one, roles=roles)
 
 
 def exact(d_in=6, d_out=5, size=None):
