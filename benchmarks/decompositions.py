@@ -160,14 +160,14 @@ def of_folder(folder, rounds):
     """All linear weights of a saved model: the smallest shares, and what it takes."""
     tensors = load_file(Path(folder) / "model.safetensors")
     weights = [
-        jnp.asarray(value.float().numpy())
+        value.float().numpy()
         for name, value in tensors.items()
         if value.ndim == 2 and "layers." in name
     ]
     smallest: dict[str, float] = {}
 
     def seen(name, left, w, best):
-        share = float(np.sum((np.asarray(left).T @ np.asarray(w)) ** 2)) / best
+        share = float(np.sum((np.asarray(left).T @ w) ** 2)) / best
         smallest[name] = min(share, smallest.get(name, 2.0))
 
     top = jax.jit(lambda w: svd_top(w, RANK).u)
@@ -182,8 +182,8 @@ def of_folder(folder, rounds):
             seen(f"pissa_niter_{n}", left, w, best)
         seen("pissa", top(w), w, best)
         for n in THEIR_ITERATIONS:
-            left = torch.svd_lowrank(torch.from_numpy(np.asarray(w)), RANK, niter=n)[0]
-            seen(f"PEFT's pissa_niter_{n}", left.numpy(), w, best)
+            left = torch.svd_lowrank(torch.tensor(w).to(TORCH), RANK, niter=n)[0]
+            seen(f"PEFT's pissa_niter_{n}", left.cpu().numpy(), w, best)
     seconds: dict[str, list[float]] = {}
     model, params = models.load(folder, dtype="float32", scan_layers=True)
     plans = {}
