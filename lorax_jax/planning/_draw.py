@@ -14,7 +14,8 @@ from jaxtyping import PRNGKeyArray
 
 from .. import initializers
 from .._errors import PlanError
-from ..adapters import on_device, stable_hash
+from ..adapters import Role, on_device, stable_hash
+from ._assemble import assembled
 from ._layer_matrices import layer_matrices
 from ._sites import Site, Slot
 
@@ -36,7 +37,7 @@ def ranks_in_common(
     for slot in slots:
         state = jax.tree.leaves(stats.get(slot.name))
         shapes = tuple(jnp.shape(x)[len(slot.layers) :] for x in state)
-        like = dataclasses.replace(slot.role, path=""), slot.sides, slot.apart, shapes
+        like = _nameless(slot.role), slot.sides, slot.apart, shapes
         ranks = found[slot.name] = shared.setdefault(like, {})
         for site in slot.sites:
             if site is not None and initializers.method(site.init).nested:
@@ -72,35 +73,40 @@ def draw(
             scale = site.scale if shape_alone else None
             rank = common.get(site.init, site.rank)
             alike.setdefault((rank, scale, site.init), []).append(i)
-    made = []
+    made, places = [], []
     for (rank, scale, init), layers in alike.items():
         method = initializers.method(init)
-        keys = jnp.stack([_site_key(key, _of(slot, i), slot) for i in layers])
+        keys = _keys(key, [_of(slot, i) for i in layers], slot.apart)
         if method.reads == "shape":
             begin = (slot.role.lookup and method.lookup) or method.start
-            found = _from_shape(slot, begin, rank, scale, keys)
+            weight = slot.sides, slot.dtype
+            found = _from_shape(keys, weight, begin, rank, scale)
         else:
             state = stats if method.reads == "stats" else None
             found = _from_weight(slot, leaf, method, rank, keys, layers, state)
-        made.append((layers, _cut(found, slot, layers, rank)))
-    out = {}
-    for pair in (("a", "b"), ("a0", "b0")):
-        if any(getattr(found, pair[0]) is not None for _, found in made):
-            both = (_gathered(slot, made, name, dtype) for name in pair)
-            out |= zip(pair, slot.arrays(*both), strict=True)
-    return out
+        made.append(found)
+        places.append(tuple(layers))
+    ranks = np.asarray([site.rank if site else 0 for site in slot.sites], np.int32)
+    frame = dataclasses.replace(slot, role=_nameless(slot.role), sites=(), ids=())
+    return assembled(made, ranks, frame, tuple(places), slot.rank, dtype)
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
 def _from_shape(
-    slot: Slot, begin: Callable, rank: int, scale: float, keys: jax.Array
+    keys: PRNGKeyArray,
+    weight: tuple[tuple[int, int], Any],
+    begin: Callable,
+    rank: int,
+    scale: float,
 ) -> initializers.Start:
     """Of an initializer that reads no weight, mapped over layers, experts, groups."""
-    weight = jax.ShapeDtypeStruct(slot.sides, slot.dtype)
+    shape, dtype = weight
 
     def one(key):
-        return begin(weight, rank=rank, scale=scale, key=key)
+        kernel = jax.ShapeDtypeStruct(shape, dtype)
+        return begin(kernel, rank=rank, scale=scale, key=key)
 
-    for _ in (0, *slot.apart):
+    for _ in keys.shape:
         one = jax.vmap(one)
     return one(keys)
 
@@ -129,10 +135,9 @@ def _from_weight(
         )
     scales = jnp.asarray([_of(slot, i).scale for i in layers], jnp.float32)
     leaf = leaf if isinstance(leaf, Tracer) else on_device(leaf)
-    # The path would tell leaves of one shape apart, each with a program of its own.
-    role = dataclasses.replace(slot.role, path="")
     try:
-        return _read(leaf, (at, scales, keys, state), role, method.start, rank)
+        given = at, scales, keys, state
+        return _read(leaf, given, _nameless(slot.role), method.start, rank)
     except ValueError as error:
         raise PlanError(f"{slot.name!r} cannot be started: {error}") from error
 
@@ -177,51 +182,26 @@ def _explicit_mesh(leaf: Any) -> Any:
     return None
 
 
-def _cut(
-    found: initializers.Start, slot: Slot, layers: list[int], rank: int
-) -> initializers.Start:
-    """Factors of rank `slot.rank`, zero beyond the rank of each layer."""
-    ranks = jnp.asarray([_of(slot, i).rank for i in layers])
-
-    def cut(value: jax.Array, axis: int) -> jax.Array:
-        axis += value.ndim
-        if rank > slot.rank:
-            value = lax.slice_in_dim(value, 0, slot.rank, axis=axis)
-        elif rank < slot.rank:
-            pad = [(0, 0)] * value.ndim
-            pad[axis] = (0, slot.rank - rank)
-            value = jnp.pad(value, pad)
-        ahead = ranks.reshape(-1, *(1,) * (value.ndim - 1))
-        kept = lax.broadcasted_iota(jnp.int32, value.shape, axis) < ahead
-        return jnp.where(kept, value, 0)
-
-    axes = {"a": -1, "b": -2, "a0": -1, "b0": -2}
-    given = {n: x for n, x in found._asdict().items() if x is not None}
-    return found._replace(**{n: cut(x, axes[n]) for n, x in given.items()})
-
-
-def _gathered(slot: Slot, made: list[Any], name: str, dtype: Any) -> jax.Array:
-    """One factor of all layers, zeros where there is none."""
-    (d_in, d_out), count = slot.sides, len(slot.sites)
-    sides = (d_in, slot.rank) if name.startswith("a") else (slot.rank, d_out)
-    whole = jnp.zeros((count, *slot.apart, *sides), dtype)
-    for layers, found in made:
-        value = getattr(found, name)
-        if value is None:
-            continue
-        if len(layers) == count:  # a copy: what is trained is donated, its start is not
-            whole = jnp.array(value, dtype, copy=True)
-        else:
-            whole = whole.at[jnp.asarray(layers)].set(value.astype(dtype))
-    return whole
-
-
 def _of(slot: Slot, layer: int) -> Site:
     site = slot.sites[layer]
     assert site is not None
     return site
 
 
-def _site_key(key: PRNGKeyArray, site: Site, slot: Slot) -> PRNGKeyArray:
-    key = jax.random.fold_in(key, stable_hash(site.name))
-    return jax.random.split(key, slot.apart) if slot.apart else key
+def _nameless(role: Role) -> Role:
+    """Without the path, which would tell leaves of one shape apart, each a program."""
+    return dataclasses.replace(role, path="")
+
+
+def _keys(
+    key: PRNGKeyArray, sites: Sequence[Site], apart: tuple[int, ...]
+) -> PRNGKeyArray:
+    """One for each site, and for each of its experts and groups."""
+    hashes = np.asarray([stable_hash(site.name) for site in sites], np.uint32)
+    return _folded(key, hashes, apart)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _folded(key, hashes, apart):
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, hashes)
+    return jax.vmap(lambda key: jax.random.split(key, apart))(keys) if apart else keys
