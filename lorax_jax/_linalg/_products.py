@@ -42,7 +42,7 @@ def products(w: jax.Array, size: jax.Array | float = 1.0) -> Products:
 
 
 def oversampling(k: int) -> int:
-    """How many columns more than `k` the blocks of this file have."""
+    """How many columns more than `k` the blocks have that are filtered to the end."""
     return max(k, 8)
 
 

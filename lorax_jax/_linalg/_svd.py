@@ -141,7 +141,7 @@ def _svd_top(k: int):
         else:
             block = invariant(gram, width, k)
         found = within(products(w), w.shape, block, k)
-        exact = (residual(w, found) <= ACCEPTED) & _complete(found)
+        exact = (residual(w, found) <= ACCEPTED) & complete(found)
         found = lax.cond(exact, lambda w: found, lambda w: _full(w, k), w)
         return _times(found, size)
 
@@ -157,7 +157,13 @@ def _full(w: jax.Array, k: int) -> Svd:
     return _signed(Svd(u[:, :k], s[:k], vt[:k].T))
 
 
-def within(both: Products, shape: tuple[int, ...], block: jax.Array, k: int) -> Svd:
+def within(
+    both: Products,
+    shape: tuple[int, ...],
+    block: jax.Array,
+    k: int,
+    image: jax.Array | None = None,
+) -> Svd:
     """The best triplets whose vectors of the smaller side lie in the span of a block.
 
     Args:
@@ -165,8 +171,10 @@ def within(both: Products, shape: tuple[int, ...], block: jax.Array, k: int) -> 
         shape: its shape, `(n, m)`.
         block: orthonormal columns, shape `(min(n, m), width)`.
         k: how many triplets, at most `width`.
+        image: what the matrix makes of the block, `(max(n, m), width)`, if it is known.
     """
-    image = both.upright(shape).times(block)  # (max(n, m), width)
+    if image is None:
+        image = both.upright(shape).times(block)
     basis = orthonormal(orthonormal(image))
     u, s, vt = jnp.linalg.svd(dot(basis.T, image))
     larger, smaller = dot(basis, u[:, :k]), dot(block, vt[:k].T)
@@ -175,7 +183,7 @@ def within(both: Products, shape: tuple[int, ...], block: jax.Array, k: int) -> 
     return _signed(Svd(sides[0], s[:k], sides[1]))
 
 
-def _complete(found: Svd) -> jax.Array:
+def complete(found: Svd) -> jax.Array:
     """Whether all vectors are there, none zero."""
     both = jnp.concatenate([found.u, found.v])
     return jnp.all(jnp.linalg.norm(both, axis=0) > 1)  # sqrt(2) each, or 0

@@ -18,10 +18,13 @@ from ._products import (
     products,
     unit,
 )
-from ._svd import Svd, svd_top, within
+from ._svd import Svd, complete, svd_top, within
 
 # A Krylov space of more blocks is cut to its best one, with which the next begins.
 _BLOCKS = 6
+
+# Of singular values below this share of the first, products in float32 know too little.
+_RANGE = 1 / 300
 
 
 def svd_random(
@@ -36,19 +39,26 @@ def svd_random(
     $$K = \operatorname{span} [\, Y_0, G Y_0, \dots, G^q Y_0 \,] , \qquad q =
     \text{iterations},$$
 
-    on the smaller side of `w`; of every 6 blocks only the best one is kept for those
-    that follow. Since $K$ holds $p(G) Y_0$ for each polynomial $p$ of degree $q$, the
-    best basis $Q$ in it has, in expectation,
+    on the smaller side of `w`. Since $K$ holds $p(G) Y_0$ for each polynomial $p$ of
+    degree $q$, the best basis $Q$ in it has, in expectation, with $l$ = `spare(k)`,
 
-    $$\lVert W - W Q Q^\top \rVert_2 \le \Bigl[ 1 + \rho \Bigl( \sqrt{\tfrac{k}{p - 1}}
-      + \tfrac{e \sqrt{k + p}}{p} \sqrt{\min(n, m) - k} \Bigr) \Bigr] s_{k + 1} ,
+    $$\lVert W - W Q Q^\top \rVert_2 \le \Bigl[ 1 + \rho \Bigl( \sqrt{\tfrac{k}{l - 1}}
+      + \tfrac{e \sqrt{k + l}}{l} \sqrt{\min(n, m) - k} \Bigr) \Bigr] s_{k + 1} ,
       \qquad \rho = \min_p \max_{i \le k < j} \left| \frac{p(s_j^2)}{p(s_i^2)} \right|
-      \le 1 ,$$
+      \le 1$$
 
-    with $p$ = `spare(k)` outside $\rho$ (Halko, Martinsson and Tropp, Theorem 9.1 and
-    the proof of Corollary 10.10), and keeping only `k` directions adds $s_{k+1}$ at
-    most. `random_error` gives the bound. What was lost is known afterwards, to the
-    digit: $\lVert W - U S V^\top \rVert_F^2 = \lVert W \rVert_F^2 - \sum_i s_i^2$.
+    (Halko, Martinsson and Tropp, Theorem 9.1 and the proof of Corollary 10.10), and
+    keeping only `k` directions adds $s_{k+1}$ at most. `random_error` gives the bound.
+    What was lost is known afterwards, to the digit:
+    $\lVert W - U S V^\top \rVert_F^2 = \lVert W \rVert_F^2 - \sum_i s_i^2$.
+
+    A space of more than 6 blocks, or of more columns than `w` has, is begun anew with
+    its best block: $q$ then counts products with $G$, and $\rho$ is that of the first
+    space at worst.
+
+    The space is kept in float32 by products of its blocks with each other, which see no
+    singular value below a few thousandths of the first. Where one of the `k` is, the
+    triplets are those of `svd_top`.
 
     Power iteration takes the same $2 q + 2$ passes through `w`, and has the last block
     alone.
@@ -57,8 +67,8 @@ def svd_random(
         w: the matrix, any floating dtype; computed in float32 at the highest precision.
         k: how many, at most `min(n, m)`.
         iterations: $q$, from 0 up.
-        key: PRNG key of the block. Where two blocks would be larger than `w`, nothing
-            is random: the triplets are those of `svd_top`.
+        key: PRNG key of the block. Where two blocks would be wider than the smaller
+            side of `w`, nothing is random: the triplets are those of `svd_top`.
 
     Returns:
         `Svd(u, s, v)`, float32. `u` and `v` are orthonormal up to rounding where no
@@ -98,13 +108,16 @@ def random_error(n: int, m: int, k: int, ratio: float = 1.0) -> float:
     >>> round(random_error(1024, 1024, 16, ratio=0.01), 1)
     2.5
     """
-    p, smaller = spare(k), min(n, m)
-    if 2 * (k + p) > smaller:
-        return 1.0  # not random
-    spread = math.sqrt(k / (p - 1)) + math.e * math.sqrt(k + p) / p * math.sqrt(
-        smaller - k
-    )
+    if not is_random((n, m), k):
+        return 1.0
+    more, rest = spare(k), math.sqrt(min(n, m) - k)
+    spread = math.sqrt(k / (more - 1)) + math.e * math.sqrt(k + more) / more * rest
     return 2 + ratio * spread
+
+
+def is_random(shape: tuple[int, ...], k: int) -> bool:
+    """Whether a matrix has room for two random blocks, as `svd_random` asks."""
+    return 2 * (k + spare(k)) <= min(shape)
 
 
 def spare(k: int) -> int:
@@ -118,7 +131,7 @@ def _svd_random(k: int, iterations: int):
     def decompose(w, key):
         larger, smaller = max(w.shape), min(w.shape)
         width = k + spare(k)
-        if 2 * width > smaller:
+        if not is_random(w.shape, k):
             return svd_top(w, k)
         w = w.astype(jnp.float32)
         start = jax.random.normal(key, (larger, width), jnp.float32)
@@ -128,13 +141,21 @@ def _svd_random(k: int, iterations: int):
         both = products(w, size)
         there, back = both.upright(w.shape)
         block = orthonormal(orthonormal(seen / size))
-        image, left = there(block), iterations
-        while left:
-            blocks = min(left, _BLOCKS - 1, smaller // width - 1)
-            block, image = _krylov(there, back, block, image, blocks)
-            left -= blocks
-        found = within(both, w.shape, block, k)
-        return found._replace(s=found.s * size)
+        most = min(_BLOCKS, smaller // width) - 1
+        spaces, rest = divmod(iterations, most)
+
+        def space(state, blocks):
+            block, image = state
+            return _krylov(there, back, block, image, blocks)
+
+        state = block, there(block)
+        if spaces:
+            state = lax.fori_loop(0, spaces, lambda _, state: space(state, most), state)
+        block, image = space(state, rest) if rest else state
+        found = within(both, w.shape, block, k, image)
+        seen = complete(found) & (found.s[-1] > _RANGE * found.s[0])
+        found = found._replace(s=found.s * size)
+        return lax.cond(seen, lambda w: found, lambda w: svd_top(w, k), w)
 
     return decompose
 
@@ -147,7 +168,7 @@ def _krylov(
     Args:
         there: products with the matrix.
         back: products with its transpose.
-        block: orthonormal columns, with which the space begins.
+        block: orthonormal columns, or zeros, with which the space begins.
         image: what `there` makes of them.
         blocks: how many more the space has.
     """

@@ -62,4 +62,8 @@ def no_witnesses(slots: Iterable[Slot]) -> dict[str, jax.Array]:
 
 def differ(one: Mapping[str, jax.Array], other: Mapping[str, jax.Array]) -> jax.Array:
     """Whether witnesses of the same weights are those of two models."""
-    return jnp.any(jnp.stack([jnp.any(one[name] != other[name]) for name in one]))
+
+    def apart(x, y):  # NaN is like NaN: there is another message for it
+        return jnp.any((x != y) & ~(jnp.isnan(x) & jnp.isnan(y)))
+
+    return jnp.any(jnp.stack([apart(one[name], other[name]) for name in one]))

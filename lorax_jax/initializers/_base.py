@@ -32,12 +32,13 @@ class Start(NamedTuple):
 class Initializer(Protocol):
     """`(weight, *, rank, scale, key, stats=None) -> Start`, for a kernel `x @ weight`.
 
-    The function is pure and traced, and mapped with `vmap` over the layers of a stack.
+    The function is pure and traced, and mapped over the layers of a stack.
     What it gets depends on what it was registered to read: of `"shape"`, `weight` is
     the weight's type in place of the array, so that a large or sharded base is not
     touched; of `"weight"`, it is the array, in the base's dtype; of `"stats"`, the
     array too, and `stats` is the state of a statistic of this site's layer. To those
-    that read more than the shape, `scale` is a traced number.
+    that read more than the shape, `scale` is a traced number: `jnp.sqrt(scale)`, not
+    `math.sqrt(scale)`, and `jnp.where`, not `if`.
     """
 
     def __call__(
@@ -84,10 +85,14 @@ class Method:
     options: type | None = None
 
     def given(self, options: Any) -> "Method":
-        """The same with these options."""
-        return dataclasses.replace(
-            self, start=functools.partial(self.start, options=options)
-        )
+        """The same with these options; equal options give the same function."""
+        return _given(self, options)
+
+
+@functools.cache  # programs are kept by the function that they were traced from
+def _given(method: Method, options: Any) -> Method:
+    start = functools.partial(method.start, options=options)
+    return dataclasses.replace(method, start=start)
 
 
 _REGISTRY: dict[Any, Method] = {}

@@ -77,9 +77,10 @@ def pissa_niter(
     $s_{r+1}$. The adapted function starts equal to the original all the same, since
     $A_0 B_0$ is subtracted whatever it is.
 
-    PEFT's block has `rank` columns and no seed, and its iterations are plain powers:
-    here there are twice as many columns, a key, and Chebyshev polynomials, which at
-    equal `n` capture more.
+    PEFT's block has `rank` columns and no seed, and its iterations are plain powers.
+    Here the block has columns to spare and a key, and the directions are taken from all
+    powers together, which at equal `n` capture more of the weight: on each of
+    SmolLM2-135M's, `"pissa_niter_5"` holds 0.996 of the energy that 16 directions can.
 
     Args:
         weight: the pretrained kernel, shape `(d_in, d_out)`; of a table, its rows.

@@ -23,7 +23,8 @@ def check_started(slot: Slot, arrays: Mapping[str, Any], state: Any) -> None:
         state: the statistics that they came from, or `None`.
 
     Raises:
-        PlanError: if they hold NaN or infinity, or fewer rows than the rank were seen.
+        PlanError: if they hold NaN or infinity, if fewer rows than the rank were seen,
+            or if directions of the weight or of what was gathered are missing.
     """
     readers = [
         (i, site)
@@ -39,25 +40,30 @@ def check_started(slot: Slot, arrays: Mapping[str, Any], state: Any) -> None:
             "or infinity. Look whether the weight does; or, where statistics are read, "
             "whether all of its inputs were zero or none was seen."
         )
-    if state is None:
-        return
     count = getattr(state, "count", None)
     rows = None if count is None else jnp.reshape(count, (len(slot.sites), -1))
     a, b = slot.matrices(arrays["a"], arrays["b"])
     dead = ~(a.any(axis=-2) | b.any(axis=-1)).reshape(len(slot.sites), -1, a.shape[-1])
     for i, site in readers:
-        if initializers.method(site.init).reads != "stats":
-            continue
-        fewest = None if rows is None else int(rows[i].min())
+        from_stats = initializers.method(site.init).reads == "stats"
+        fewest = int(rows[i].min()) if from_stats and rows is not None else None
         if fewest is not None and fewest <= site.rank:  # their mean takes one
             raise PlanError(
                 f"{fewest} rows reached {site.name!r}, which starts on {site.rank} "
                 "directions of them: more rows than that are needed. Gather over more "
                 "batches, mask fewer tokens, or lower `rank` for this site."
             )
-        if bool(dead[i, :, : site.rank].any()):
+        if not bool(dead[i, :, : site.rank].any()):
+            continue
+        if from_stats:
             raise PlanError(
                 f"What was gathered of {site.name!r} has fewer directions than its "
                 f"rank {site.rank}, and those without one could never be trained. "
                 "Gather over more or larger batches, or lower `rank` for this site."
             )
+        raise PlanError(
+            f"The weight at {site.name!r} has fewer directions than its rank "
+            f"{site.rank}, and those without one could never be trained: A and B would "
+            "both stay zero. Lower `rank` for this site, or give it an `init` that "
+            "does not read the weight, e.g. 'kaiming'."
+        )

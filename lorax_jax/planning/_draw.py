@@ -26,11 +26,15 @@ def ranks_in_common(
     """For each slot, the rank at which a nested initializer starts its layers.
 
     The largest of all weights that can share a program: of one shape, with axes in the
-    same roles and statistics of the same shape.
+    same roles and statistics of the same shape. Ranks of another order of magnitude
+    have a program of their own, so that none starts at 8 times its rank.
 
     Args:
         slots: what is adapted.
         stats: name of a slot -> the state of a statistic.
+
+    Returns:
+        Name of a slot -> initializer and magnitude of a rank -> the rank to start at.
     """
     found: dict[str, dict[Any, int]] = {}
     shared: dict[Any, dict[Any, int]] = {}
@@ -41,8 +45,14 @@ def ranks_in_common(
         ranks = found[slot.name] = shared.setdefault(like, {})
         for site in slot.sites:
             if site is not None and initializers.method(site.init).nested:
-                ranks[site.init] = max(site.rank, ranks.get(site.init, 0))
+                kind = site.init, magnitude(site.rank)
+                ranks[kind] = max(site.rank, ranks.get(kind, 0))
     return found
+
+
+def magnitude(rank: int) -> int:
+    """0 for ranks from 1 to 7, 1 from 8 to 63, 2 from 64 to 511, ..."""
+    return (rank.bit_length() - 1) // 3
 
 
 def draw(
@@ -63,7 +73,7 @@ def draw(
         key: PRNG key, the same for all slots.
         dtype: storage dtype.
         stats: the state of a statistic, or `None`.
-        common: initializer -> the rank at which its layers start, to be cut.
+        common: what `ranks_in_common` says of this slot.
     """
     # Layers that start alike are made in one call.
     alike: dict[tuple[Any, ...], list[int]] = {}
@@ -71,7 +81,7 @@ def draw(
         if site is not None:
             shape_alone = initializers.method(site.init).reads == "shape"
             scale = site.scale if shape_alone else None
-            rank = common.get(site.init, site.rank)
+            rank = common.get((site.init, magnitude(site.rank)), site.rank)
             alike.setdefault((rank, scale, site.init), []).append(i)
     made, places = [], []
     for (rank, scale, init), layers in alike.items():
@@ -128,7 +138,7 @@ def _from_weight(
             "parameters themselves, or take their types through "
             "`jax.eval_shape(lambda params: lj.init(plan, params, key=key), params)`."
         )
-    at = jnp.asarray(layers, jnp.int32)
+    at, whole = jnp.asarray(layers, jnp.int32), state
     if state is not None:
         state = jax.tree.map(
             lambda x: x.reshape(-1, *x.shape[len(slot.layers) :])[at], state
@@ -139,19 +149,27 @@ def _from_weight(
         given = at, scales, keys, state
         return _read(leaf, given, _nameless(slot.role), method.start, rank)
     except ValueError as error:
+        if rank > slot.rank:  # it may be another site's rank that cannot be had
+            return _from_weight(slot, leaf, method, slot.rank, keys, layers, whole)
         raise PlanError(f"{slot.name!r} cannot be started: {error}") from error
+    except jax.errors.ConcretizationTypeError as error:
+        raise PlanError(
+            f"The initializer of {slot.name!r} asks for the value of a traced array. "
+            "One that reads the weight gets `weight`, `scale`, `key` and `stats` "
+            "traced: use `jnp.sqrt` for `math.sqrt`, `jnp.where` for `if`."
+        ) from error
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
-def _read(leaf, layers, role, begin, rank) -> initializers.Start:
+def _read(leaf, given, role, begin, rank) -> initializers.Start:
     """The starts of some layers, in one program for all leaves of a shape."""
 
-    def every(leaf, layers):
-        def of_layer(given):
-            layer, scale, key, state = given
+    def every(leaf, given):
+        def of_layer(of_one):
+            layer, scale, key, state = of_one
 
-            def one(given):
-                weight, key, state = given
+            def one(matrix):
+                weight, key, state = matrix
                 return begin(weight, rank=rank, scale=scale, key=key, stats=state)
 
             weights = layer_matrices(leaf, layer, role)
@@ -162,15 +180,15 @@ def _read(leaf, layers, role, begin, rank) -> initializers.Start:
             found = lax.map(one, flat)
             return jax.tree.map(lambda x: x.reshape(*apart, *x.shape[1:]), found)
 
-        return lax.map(of_layer, layers)
+        return lax.map(of_layer, given)
 
     mesh = _explicit_mesh(leaf)
     if mesh is None:
-        return every(leaf, layers)
+        return every(leaf, given)
     # Decompositions know no layouts over a mesh: XLA chooses them.
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     placed: Any = jax.sharding.auto_axes(every, out_sharding=whole)
-    return placed(leaf, layers)
+    return placed(leaf, given)
 
 
 def _explicit_mesh(leaf: Any) -> Any:

@@ -28,7 +28,8 @@ def init(
 
     Each site draws from `key` folded with its own path, at its own rank, so the same
     model starts the same way whether its layers are stacked or unrolled, alone or with
-    other sites, and on one device or many.
+    other sites, and on one device or many: bit for bit where it draws, up to float32's
+    rounding where it decomposes; of equal singular values any directions may come.
 
     Initializers that read the weight are compiled once for each shape, and once more
     for each rank where the directions of one rank are not the first ones of a larger.

@@ -44,7 +44,8 @@ def check_witness(name: str, leaf: Any, seen: Any) -> None:
     arrays = [seen, *jax.tree.leaves(leaf)]
     if any(isinstance(x, Tracer | jax.ShapeDtypeStruct) for x in arrays):
         return
-    if not np.array_equal(np.asarray(witness(leaf)), np.asarray(seen)):
+    found = np.asarray(witness(leaf))
+    if not np.array_equal(found, np.asarray(seen), equal_nan=True):
         raise PlanError(
             f"The statistics of {name!r} were gathered on another model: `params` has "
             "other values there. Gather them on the parameters that `init` is given."

@@ -21,6 +21,14 @@ def fn(params, x):
     return jnp.tanh(x @ params["v"]) @ params["w"]
 
 
+def test_weights_that_hold_nan_are_not_another_model():
+    """They have a message of their own."""
+    params = PARAMS | {"w": jnp.full_like(PARAMS["w"], jnp.nan)}
+    stats = lj.capture(fn, plan_of("corda"), stat=Moments()).run(params, XS)
+    with pytest.raises(PlanError, match="makes of 'w' hold NaN or infinity"):
+        lj.init(plan_of("corda"), params, key=KEY, stats=stats)
+
+
 def loss(params, x):
     return (fn(params, x) ** 2).mean()
 

@@ -25,6 +25,7 @@ def flat(n, m):
 
 STEEP = np.logspace(0, -6, 120)
 SLOW = 1 / np.arange(1, 121)
+SLOW_END = np.arange(1, 120)
 MATRICES = {
     "noise": flat(160, 120),
     "wide": flat(120, 160),
@@ -33,6 +34,8 @@ MATRICES = {
     "equal": with_spectrum(np.ones(120), 160, 120),
     "rank 3": with_spectrum(np.array([3.0, 2.0, 1.0]), 160, 120),
     "zero": jnp.zeros((160, 120)),
+    "outlier": with_spectrum(np.r_[1e4, 1 / np.sqrt(SLOW_END)], 160, 120),
+    "mean": 0.02 * flat(160, 120) + 20,
     "huge": flat(160, 120) * 1e12,
     "tiny": flat(160, 120) * 1e-12,
 }
@@ -103,6 +106,8 @@ def test_randomized(name, iterations, key):
     lost = np.sum(dense**2) - np.sum(s**2)
     total = np.sum(dense**2)
     assert abs(np.sum(left**2) - lost) <= 1e-5 * total
+    if exact[k - 1] > 0:
+        assert orthonormal(u) and orthonormal(v)
     if iterations == 20:
         assert np.sum(left**2) <= 1.002 * np.sum(exact[k:] ** 2) + 1e-6 * total
 

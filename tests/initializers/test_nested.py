@@ -1,5 +1,7 @@
 """Methods whose factors of one rank are the first ones of a larger rank's."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +9,11 @@ import pytest
 
 import lorax_jax as lj
 from lorax_jax import initializers
+from lorax_jax._errors import PlanError
 from lorax_jax._linalg import TOLERANCE
 from lorax_jax.initializers import Start, _base
-from lorax_jax.statistics import Moments
+from lorax_jax.planning import _draw
+from lorax_jax.statistics import Moments, Pca
 
 NESTED = [name for name in initializers.names() if initializers.method(name).nested]
 D_IN, D_OUT = 40, 24
@@ -96,3 +100,62 @@ def test_one_program_starts_all_ranks_of_a_shape(nested, traced, key):
         np.testing.assert_array_equal(b[:rank], np.ones((rank, D_OUT)))
         assert not a[:, rank:].any() and not b[rank:].any()
         assert a.shape == (D_IN, 5 if at else rank)
+
+
+def test_ranks_of_another_magnitude_start_on_their_own(traced, key):
+    """Else one site of rank 64 would make all others cost as much."""
+    ranks = traced(True)
+    said = {"u": 2, "v": 7, "w": 16}
+    params = {n: drawn(D_IN, D_OUT, seed=i) for i, n in enumerate(said)}
+    roles = {n: {"inputs": (0,), "outputs": (1,)} for n in params}
+    rules = {n: {"rank": r, "init": "first columns"} for n, r in said.items()}
+    lj.init(lj.plan(lj.LoraConfig(rules), params, roles=roles), params, key=key)
+    assert ranks == [7, 16]
+
+
+def test_a_rank_that_another_site_cannot_have_names_that_site(key):
+    params = {n: drawn(D_IN, D_OUT, seed=i) for i, n in enumerate("uv")}
+    roles = {n: {"inputs": (0,), "outputs": (1,)} for n in params}
+    rules = {"u": {"rank": 2}, "v": {"rank": 7}}
+    plan = lj.plan(lj.LoraConfig(rules, init="eva"), params, roles=roles)
+    stat = Pca(4)
+    state = stat.init(D_IN)
+    rows = drawn(300, D_IN, seed=5)
+    state = stat.update(state, stat.observe(rows, None, stat.context(state)))
+    with pytest.raises(PlanError, match="'v' cannot be started: 7 principal"):
+        lj.init(plan, params, key=key, stats={"u": state, "v": state})
+
+
+def test_equal_options_are_one_program(key):
+    params = {n: drawn(D_IN, D_OUT, seed=i) for i, n in enumerate("uvw")}
+    roles = {n: {"inputs": (0,), "outputs": (1,)} for n in params}
+    state = moments(drawn(300, D_IN, seed=5))
+    stats = dict.fromkeys(params, state)
+    before = _draw._read._cache_size()
+    for _ in range(2):
+        config = lj.LoraConfig(".", rank=3, init=initializers.Eva(whiten=True))
+        plan = lj.plan(config, params, roles=roles)
+        lj.init(plan, params, key=key, stats=stats)
+    assert _draw._read._cache_size() - before <= 1
+
+
+def test_an_initializer_that_asks_for_values(monkeypatch, key):
+    def begin(weight, *, rank, scale, key, stats=None):
+        a = weight[:, :rank] * math.sqrt(scale)
+        return Start(a, jnp.zeros((rank, weight.shape[1])))
+
+    method = initializers.Method(begin, reads="weight")
+    monkeypatch.setitem(_base._REGISTRY, "careless", method)
+    params, roles = {"w": drawn(D_IN, D_OUT)}, {"w": {"inputs": (0,), "outputs": (1,)}}
+    plan = lj.plan(lj.LoraConfig("w", init="careless"), params, roles=roles)
+    with pytest.raises(PlanError, match="of 'w' asks for the value .* `jnp.sqrt`"):
+        lj.init(plan, params, key=key)
+
+
+@pytest.mark.parametrize("name", ["pissa", "pissa_niter_2"])
+def test_weights_without_directions_are_refused(name, key):
+    params, roles = {"w": jnp.zeros((60, 60))}, {"w": {"inputs": (0,), "outputs": (1,)}}
+    plan = lj.plan(lj.LoraConfig("w", rank=4, init=name), params, roles=roles)
+    match = "weight at 'w' has fewer directions than its rank 4, .* 'kaiming'"
+    with pytest.raises(PlanError, match=match):
+        lj.init(plan, params, key=key)
