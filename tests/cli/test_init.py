@@ -153,7 +153,7 @@ def traced(adapter):
         ({"init": "eva", "init-rows": 1, "batch": 1, "rank": 16}, r"Raise --init-rows"),
         (
             {"init": "lora_ga", "rank": 12},
-            r"Give --rank 8, or leave it out with --exclude",
+            "Give --rank 8, or leave it out",
         ),
         ({"init": "orthogonal", "rank": 3}, r"and '.*' has the rank 3\. Give --rank 4"),
         ({"init": "pissa", "rank": 40}, r"--rank 40 exceeds|Give --rank"),
