@@ -107,7 +107,7 @@ def with_peft(options, batches):
     for name, module in model.named_modules():
         if name.endswith("self_attn.o_proj") and hasattr(module, "lora_A"):
             weight = module.lora_A["default"].weight.detach().numpy()
-            found[name.split("model.model.")[1]] = weight
+            found[name[name.index("layers.") :]] = weight
     return seconds, found
 
 
@@ -159,9 +159,11 @@ def main():
     result["peft's leading 8 directions within ours, least"] = min(shares)
     print(f"PEFT's leading directions lie in ours to {min(shares):.4f} at least")
     if options.save:
-        from timing import machine, save
+        from timing import save
 
-        save(options.save, {"options": vars(options), "found": result} | machine())
+        said = ("sequences", "length", "batch", "rank", "note")
+        given = {name: getattr(options, name) for name in said}
+        save(options.save, {"options": given, "found": result})
 
 
 if __name__ == "__main__":
