@@ -17,7 +17,7 @@ from ._capture import capture
 from ._gathered import Gathered, witnesses
 from ._run import Call
 from ._settle import EvaResult, States, settle
-from ._values import check_values
+from ._values import check_plan, check_values
 
 
 def eva(
@@ -103,6 +103,7 @@ def eva(
         Adaptation", 2024. https://arxiv.org/abs/2410.07170
     """
     check_values(params)
+    check_plan(plan, "eva(plan, params, fn, batches)")
     calls = Calls(batches, mask)
     slots = [slot for slot in plan.slots if starts_with_eva(slot)]
     if not slots:

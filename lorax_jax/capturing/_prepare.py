@@ -21,6 +21,7 @@ from ._eva import starts_with_eva
 from ._gathered import Gathered
 from ._gradient import capture_grad
 from ._redistribute import caps, redistribute
+from ._values import check_plan
 
 
 class Prepared(NamedTuple):
@@ -110,6 +111,7 @@ def prepare(
         {'v': 'MomentsState', 'w': 'GradientFactors'}
         >>> adapter = lj.init(plan, params, key=jax.random.key(0), stats=stats)
     """
+    check_plan(plan, "prepare(plan, params, fn, batches)")
     wanted = _wanted(plan, stat)
     if not wanted:
         return Prepared(plan, Gathered({}, {}))

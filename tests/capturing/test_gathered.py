@@ -132,3 +132,10 @@ def test_gradients_of_parameters_that_change(after):
 
     with pytest.raises(CaptureError, match=r"parameters changed while gradients were"):
         run()
+
+
+@pytest.mark.parametrize("call", [prepare, eva])
+def test_arguments_in_another_order(call):
+    match = rf"`{call.__name__}\(plan, params, fn, batches\)` has a function for its"
+    with pytest.raises(CaptureError, match=match):
+        call(fn, plan_of("eva"), PARAMS, XS)
