@@ -60,7 +60,7 @@ def unit(x: jax.Array) -> jax.Array:
 
 
 def independent(x: jax.Array) -> jax.Array:
-    """As `orthonormal`, of columns of lengths up to 1: what is short beside 1 is noise.
+    """As `orthonormal`, of columns no longer than 1: zeros for what is short beside 1.
 
     Through eigenvectors of the small Gram matrix, which takes products where a QR
     decomposition is sequential.

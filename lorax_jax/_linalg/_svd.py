@@ -111,22 +111,6 @@ def residual(w: Float[Array, "n m"], found: Svd) -> Float[Array, ""]:
     return worst / positive(found.s[0])
 
 
-def captured(w: Float[Array, "n m"], found: Svd) -> Float[Array, ""]:
-    r"""Energy that the left vectors hold, as a share of what `k` vectors can.
-
-    $$\lVert U^\top W \rVert_F^2 \, / \textstyle\sum_{i \le k} s_i^2 ,$$
-
-    with the singular values of a full decomposition: expensive, and for reports.
-
-    >>> w = jnp.diag(jnp.array([3.0, 1.0, 2.0]))
-    >>> round(float(captured(w, svd_top(w, 2))), 4)
-    1.0
-    """
-    w = w.astype(jnp.float32)
-    best = jnp.linalg.svd(w, compute_uv=False)[: found.s.shape[0]]
-    return jnp.sum(dot(found.u.T, w) ** 2) / positive(jnp.sum(best**2))
-
-
 @functools.cache
 def _svd_top(k: int):
     @jax.custom_batching.sequential_vmap

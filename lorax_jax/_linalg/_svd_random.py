@@ -71,8 +71,7 @@ def svd_random(
             side of `w`, nothing is random: the triplets are those of `svd_top`.
 
     Returns:
-        `Svd(u, s, v)`, float32. `u` and `v` are orthonormal up to rounding where no
-        singular value is zero; vectors of those that are zero are zero.
+        `Svd(u, s, v)`, float32, `u` and `v` orthonormal up to rounding.
 
     Raises:
         ValueError: if `k` exceeds `min(n, m)`, or `iterations` is negative.
@@ -135,12 +134,12 @@ def _svd_random(k: int, iterations: int):
             return svd_top(w, k)
         w = w.astype(jnp.float32)
         start = jax.random.normal(key, (larger, width), jnp.float32)
-        seen = products(w).upright(w.shape).turned(start)
+        sample = products(w).upright(w.shape).turned(start)
         # With it in the denominator, squares of weights of any size are numbers.
-        size = positive(jnp.abs(seen).max())
+        size = positive(jnp.abs(sample).max())
         both = products(w, size)
         there, back = both.upright(w.shape)
-        block = orthonormal(orthonormal(seen / size))
+        block = orthonormal(orthonormal(sample / size))
         most = min(_BLOCKS, smaller // width) - 1
         spaces, rest = divmod(iterations, most)
 
@@ -153,9 +152,9 @@ def _svd_random(k: int, iterations: int):
             state = lax.fori_loop(0, spaces, lambda _, state: space(state, most), state)
         block, image = space(state, rest) if rest else state
         found = within(both, w.shape, block, k, image)
-        seen = complete(found) & (found.s[-1] > _RANGE * found.s[0])
+        within_range = complete(found) & (found.s[-1] > _RANGE * found.s[0])
         found = found._replace(s=found.s * size)
-        return lax.cond(seen, lambda w: found, lambda w: svd_top(w, k), w)
+        return lax.cond(within_range, lambda w: found, lambda w: svd_top(w, k), w)
 
     return decompose
 

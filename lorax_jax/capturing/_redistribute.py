@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from .._errors import CaptureError, PlanError, closest, shorten
-from ..planning import Plan, Site, resized
+from ..planning import Plan, Site, Spectra, resized
 
 
 def redistribute(
@@ -34,8 +34,9 @@ def redistribute(
     Args:
         plan: the plan; unchanged.
         spectra: name of a site -> explained variances of its directions, descending:
-            `variances / total` of `Principal`. Sites that are not named keep their
-            ranks, and are no part of the budget.
+            `variances / total` of `Principal`; or what `lj.spectra(plan, stats=...)`
+            gives. Sites that are not named keep their ranks, and are no part of the
+            budget.
         budget: sum of the new ranks; `None` takes the sum of the old ones.
         rho: how many times its old rank a site may get; 1 leaves ranks as they are.
         adjust_scale: whether alphas follow ranks.
@@ -148,28 +149,16 @@ def _alpha(site: Site, rank: int, adjust: bool) -> float:
 def _checked(
     spectra: Mapping[str, Any], most: Mapping[str, int], sites: Mapping[str, Site]
 ) -> dict[str, np.ndarray]:
-    found = {name: _numbers(name, values) for name, values in spectra.items()}
+    found = Spectra.of(spectra)
     for name, values in found.items():
-        if values.ndim != 1 or len(values) < min(most[name], sites[name].rank):
+        if len(values) < min(most[name], sites[name].rank):
             raise CaptureError(
                 f"The spectrum of {name!r} has the shape {values.shape}, and its rank "
                 f"is {sites[name].rank}. Give one explained variance for each of "
                 f"{most[name]} directions: gather as many."
             )
-        fine = np.isfinite(values).all() and (values >= 0).all()
-        if not fine or (np.diff(values) > 0).any():
-            raise CaptureError(
-                f"The spectrum of {name!r} is {shorten([f'{v:.3g}' for v in values])}; "
-                "explained variances are finite, from 0 up, and descend."
-            )
-    return found
-
-
-def _numbers(name: str, given: Any) -> np.ndarray:
-    try:
-        return np.asarray(given, np.float64)
-    except (TypeError, ValueError):
-        raise CaptureError(
-            f"The spectrum of {name!r} is a {type(given).__name__} and no sequence of "
-            "numbers. Of what it gathers `prepare(..., rho=)` takes the spectra itself."
-        ) from None
+    if not isinstance(spectra, Spectra):
+        return dict(found)
+    # Their values are of each site's own size; what competes is shares.
+    totals = {name: total if total > 0 else 1.0 for name, total in found.totals.items()}
+    return {name: values / totals[name] for name, values in found.items()}

@@ -28,8 +28,8 @@ def pissa(
     the adapted function starts equal to the original and `weight` itself is never
     changed. PEFT subtracts $s A_0 B_0$ from the base instead.
 
-    The triplets are as exact as float32 has them (`svd_top`); only a few hundredths of
-    the time of a full decomposition go into them.
+    The triplets are as exact as float32 has them (`svd_top`), at a fraction of the time
+    of a full decomposition.
 
     Args:
         weight: the pretrained kernel, shape `(d_in, d_out)`; of a table, its rows.

@@ -138,19 +138,18 @@ def _from_weight(
             "parameters themselves, or take their types through "
             "`jax.eval_shape(lambda params: lj.init(plan, params, key=key), params)`."
         )
-    at, whole = jnp.asarray(layers, jnp.int32), state
-    if state is not None:
-        state = jax.tree.map(
-            lambda x: x.reshape(-1, *x.shape[len(slot.layers) :])[at], state
-        )
+    at = jnp.asarray(layers, jnp.int32)
+    its_own = jax.tree.map(
+        lambda x: x.reshape(-1, *x.shape[len(slot.layers) :])[at], state
+    )
     scales = jnp.asarray([_of(slot, i).scale for i in layers], jnp.float32)
     leaf = leaf if isinstance(leaf, Tracer) else on_device(leaf)
     try:
-        given = at, scales, keys, state
+        given = at, scales, keys, its_own
         return _read(leaf, given, _nameless(slot.role), method.start, rank)
     except ValueError as error:
         if rank > slot.rank:  # it may be another site's rank that cannot be had
-            return _from_weight(slot, leaf, method, slot.rank, keys, layers, whole)
+            return _from_weight(slot, leaf, method, slot.rank, keys, layers, state)
         raise PlanError(f"{slot.name!r} cannot be started: {error}") from error
     except jax.errors.ConcretizationTypeError as error:
         raise PlanError(

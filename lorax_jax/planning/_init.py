@@ -31,10 +31,10 @@ def init(
     other sites, and on one device or many: bit for bit where it draws, up to float32's
     rounding where it decomposes; of equal singular values any directions may come.
 
-    Initializers that read the weight are compiled once for each shape, and once more
-    for each rank where the directions of one rank are not the first ones of a larger.
-    They run where the weight is, and take its layers and experts one after the other:
-    beside the base, one matrix of it at a time is held in float32.
+    Initializers that read the weight are compiled for each shape: where the directions
+    of a rank are the first ones of a larger, once for all ranks of like size, else once
+    for each. They run where the weight is, and take its layers and experts one after
+    the other: beside the base, one matrix of it at a time is held in float32.
 
     Args:
         plan: where the adapter acts.
@@ -53,7 +53,7 @@ def init(
     Raises:
         PlanError: if `params` is not the tree of the plan; if `stats` are missing, not
             of its sites, of another model, or of too few rows for a rank; or if the
-            factors hold NaN or infinity.
+            factors hold NaN or infinity, or directions are missing that a rank needs.
         AdapterError: if `key` is no PRNG key.
 
     Example:

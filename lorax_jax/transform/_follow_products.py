@@ -103,6 +103,7 @@ def gather(step: Step) -> list[Axes]:
 
 
 def scatter(step: Step) -> list[Axes]:
+    """The tokens of the target and of what is written; lost at computed places."""
     target, indices, updates = step.operands
     numbers = step.params["dimension_numbers"]
     shared = dict(

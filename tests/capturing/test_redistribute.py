@@ -8,6 +8,7 @@ import pytest
 import lorax_jax as lj
 from lorax_jax.capturing import label_mask, redistribute
 from lorax_jax.errors import CaptureError, PlanError
+from lorax_jax.planning import Spectra
 
 SHAPES = {"u": (16, 12), "v": (16, 12), "w": (16, 6)}
 SPECTRA = {
@@ -110,15 +111,23 @@ def test_sites_that_are_not_named_stay():
         ({"x": [1.0]}, {}, PlanError, r"'x' is no site .* has a rank. Closest: "),
         (SPECTRA, {"shared": [("u", "x")]}, PlanError, r"'x' is no site"),
         ({"u": [0.5, 0.1]}, {}, CaptureError, r"spectrum of 'u' .*\(2,\).* rank is 3"),
-        ({"u": [0.1, 0.5, 0.1]}, {}, CaptureError, r"0.1, 0.5, 0.1; .* descend"),
-        ({"u": [np.nan] * 6}, {}, CaptureError, r"nan, .*; .* finite"),
-        ({"u": {}}, {}, CaptureError, r"of 'u' is a dict and no .* numbers. Of what"),
-        ({"u": [0.5, 0.1, -1.0]}, {}, CaptureError, r"0.5, 0.1, -1; .* from 0 up"),
+        ({"u": [0.1, 0.5, 0.1]}, {}, PlanError, r"descending .* up: \[0.1, 0.5, 0.1\]"),
+        ({"u": [np.nan] * 6}, {}, PlanError, r"spectrum of 'u' is not finite"),
+        ({"u": {}}, {}, PlanError, r"of 'u' is a dict and no .* numbers. Of what"),
+        ({"u": [0.5, 0.1, -1.0]}, {}, PlanError, r"from 0 up: \[0.5, 0.1, -1.0\]"),
     ],
 )
 def test_what_does_not_fit(spectra, options, error, match):
     with pytest.raises(error, match=match):
         redistribute(plan_of(), spectra, **options)
+
+
+def test_spectra_compete_by_their_shares():
+    """Not by how large a site's inputs are."""
+    sizes = {name: 10.0**i for i, name in enumerate(SPECTRA)}
+    energies = {n: sizes[n] * np.asarray(v) for n, v in SPECTRA.items()}
+    found = redistribute(plan_of(), Spectra(energies, sizes))
+    assert [s.rank for s in found] == [s.rank for s in redistribute(plan_of(), SPECTRA)]
 
 
 def test_label_mask():
